@@ -1,0 +1,44 @@
+"""The embedded corpus: the Python standard library that is running, about 11 MB of real code and prose.
+
+    python data/stdlib.py [--vocab-size 2048] [--out data/stdlib]
+
+Needs no network. Left out: tests, which many installations lack; encodings/, tables a script generated;
+whatever is not UTF-8. One file is one document. train_gpt.py runs this by itself where it finds no data.
+"""
+import argparse
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.shards import prepare
+
+SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+
+
+def documents():
+    """Every source file of the standard library as str, in the order of their paths."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if not SKIP.intersection(path.relative_to(root).parts):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (UnicodeDecodeError, OSError):
+                continue
+            if text:
+                yield text
+
+
+def main(out="data/stdlib", vocab_size=2048):
+    """Prepare the corpus in folder `out` with a BPE vocabulary of `vocab_size`, the document marker included."""
+    return prepare(out, "stdlib", documents, vocab_size=vocab_size, val_fraction=0.05,
+                   source=f"the standard library of Python {platform.python_version()}", licence="PSF-2.0")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="data/stdlib", help="folder to make")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, the document marker included; at most 65536")
+    args = parser.parse_args()
+    print("prepared", main(args.out, args.vocab_size))

@@ -1,0 +1,836 @@
+"""Pretrain a GPT with next-token cross entropy and one JEPA term: `JEPA_LAMBDA=0.1 torchrun --standalone train_gpt.py`.
+
+One process on a CPU or a GPU, or torchrun on many. Read from top to bottom: config, data, optimizer, the training
+step, evaluation, artifact, logs, the loop. The term itself is in jepa.py, the network in model.py.
+Shapes: B rows, T tokens, D width, S spans a row, V vocabulary; G rows of the global batch (all ranks, all micro-batches).
+"""
+import argparse
+import bisect
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+import jepa
+from model import GPT, GPTConfig, Linear
+
+ROOT = Path(__file__).resolve().parent
+EMBEDDED_DATA = "data/stdlib"
+
+# ----------------------------------------------------------------------------------------------------------- config
+
+
+def knob(default, doc):
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass
+class Config:
+    """Every setting. A value comes from: default here < YAML (--config) < environment (JEPA_LAMBDA=0.1) < flag (--jepa_lambda 0.1)."""
+    # data
+    data_path: str = knob(EMBEDDED_DATA, "folder with *_train_*.bin and *_val_*.bin; the default is prepared where it is missing")
+    tokenizer: str = knob("", "for shards without meta.json: a tiktoken name or a file of ranks, which gives the bytes per token")
+    doc_token: int = knob(50256, "for shards without meta.json: the token id that begins a document")
+    vocab_size: int = knob(0, "rows of the embedding; 0: the tokenizer's size. A multiple of 64 is faster on a GPU")
+    val_tokens: int = knob(0, "tokens of the val split that are evaluated; 0: all")
+    # length of the run
+    iterations: int = knob(10_000, "steps at most")
+    max_wallclock_seconds: float = knob(150.0, "training time at most, s, without compilation and validation; 0: no cap")
+    target_val_loss: float = knob(0.0, "stop at the first validation at or below this, nats per token; 0: never")
+    train_batch_tokens: int = knob(4096, "tokens per step over all ranks and micro-batches")
+    train_seq_len: int = knob(256, "tokens per row; attention costs its square")
+    grad_accum_steps: int = knob(0, "micro-batches per step and rank, less memory and the same step; 0: as few as keep one at 65,536 tokens")
+    # model
+    num_layers: int = knob(6, "blocks")
+    model_dim: int = knob(256, "width")
+    num_heads: int = knob(4, "query heads; model_dim / num_heads must be even")
+    num_kv_heads: int = knob(4, "key/value heads, shared by num_heads / num_kv_heads query heads each")
+    mlp_mult: int = knob(4, "width of the MLP over model_dim")
+    tie_embeddings: bool = knob(False, "1: the output head is the embedding; saves vocab_size x model_dim parameters")
+    # optimizer
+    matrix_lr: float = knob(0.04, "Muon learning rate of the blocks' matrices")
+    embed_lr: float = knob(0.6, "Adam learning rate of the embedding")
+    head_lr: float = knob(0.008, "Adam learning rate of the output head")
+    tied_embed_lr: float = knob(0.05, "Adam learning rate of the embedding where it is tied to the head")
+    scalar_lr: float = knob(0.04, "Adam learning rate of gains and mixing weights")
+    muon_momentum: float = knob(0.95, "momentum of Muon (Nesterov)")
+    warmdown_frac: float = knob(0.5, "the last fraction of the run, over which learning rates fall to zero")
+    # JEPA
+    jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time")
+    jepa_max_span_frac: float = knob(0.5, "longest span over the length of its document fragment (or row)")
+    jepa_start_frac: float = knob(0.0, "fraction of the run after which the term starts; costs a second training graph")
+    jepa_end_frac: float = knob(1.0, "fraction of the run after which it goes off again; below 1 costs a second training graph")
+    jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start")
+    jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k")
+    jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce")
+    jepa_spans: int = knob(1, "spans per row; each costs four gathered states")
+    jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row")
+    # evaluation and logs
+    val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end")
+    eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost")
+    train_log_every: int = knob(20, "steps between train_loss lines")
+    run_id: str = knob("", "name of the folder in logs/; default: date, time and seed")
+    wandb: bool = knob(False, "1: log to Weights & Biases too (WANDB_MODE=offline needs no login)")
+    # machine
+    seed: int = knob(1337, "of weights, data order and spans")
+    init_from: str = knob("", "logs/<run>: start from the weights of that run")
+    dtype: str = knob("auto", "bfloat16 or float32; auto: bfloat16 where the hardware multiplies it")
+    compile: bool = knob(True, "0: no torch.compile; slower, starts at once")
+
+    def __post_init__(self):
+        """Raise ValueError naming the knob, where a value makes no sense by itself."""
+        for name in ("iterations", "train_batch_tokens", "train_seq_len", "train_log_every", "jepa_spans"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name.upper()}={getattr(self, name)}: must be at least 1")
+        for name in ("vocab_size", "val_tokens", "max_wallclock_seconds", "grad_accum_steps", "val_loss_every", "eval_stride",
+                     "jepa_lambda", "target_val_loss", "matrix_lr", "embed_lr", "head_lr", "tied_embed_lr", "scalar_lr"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name.upper()}={getattr(self, name)}: must not be negative")
+        for name in ("jepa_start_frac", "jepa_end_frac", "jepa_warmup_frac", "warmdown_frac", "muon_momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name.upper()}={getattr(self, name)}: must lie in [0, 1]")
+        if not 0 < self.jepa_max_span_frac <= 1:
+            raise ValueError(f"JEPA_MAX_SPAN_FRAC={self.jepa_max_span_frac}: must lie in (0, 1]")
+        if self.jepa_distance not in jepa.DISTANCES:
+            raise ValueError(f"JEPA_DISTANCE={self.jepa_distance}: must be one of {', '.join(jepa.DISTANCES)}")
+        if self.jepa_lambda and self.train_seq_len < 3:
+            raise ValueError(f"TRAIN_SEQ_LEN={self.train_seq_len}: a span needs rows of at least 3 tokens")
+        if not -1 <= self.jepa_layer < self.num_layers:
+            raise ValueError(f"JEPA_LAYER={self.jepa_layer}: must be -1, or a block from 0 to {self.num_layers - 1}")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"DTYPE={self.dtype}: must be auto, bfloat16 or float32")
+        if self.eval_stride > self.train_seq_len:
+            raise ValueError(f"EVAL_STRIDE={self.eval_stride}: must not exceed TRAIN_SEQ_LEN={self.train_seq_len}")
+
+
+def parse_value(kind, text, where):
+    """The value of type `kind` that text (a string, or what YAML made of it) stands for; ValueError naming `where`."""
+    if kind is bool and str(text).lower() in ("0", "1", "true", "false"):
+        return str(text).lower() in ("1", "true")
+    try:
+        if kind is not bool and not isinstance(text, bool):
+            if kind is str and text is None:
+                return ""
+            if not (kind is int and isinstance(text, float)):
+                return kind(text)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{where}: {text!r} is not {'0 or 1' if kind is bool else 'a valid ' + kind.__name__}")
+
+
+def nearest(name, names):
+    return "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, names, n=1, cutoff=0.5))
+
+
+def load_config(argv, environ):
+    """(Config, {field: where its value comes from}, [warnings]); ValueError says what is wrong, where, and what to do."""
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    values, origin, warnings = {}, dict.fromkeys(fields, "default"), []
+
+    def put(name, text, where):
+        values[name], origin[name] = parse_value(fields[name].type, text, where), where
+
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, epilog="Each flag is also an environment variable, "
+                                     "in capitals.", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings")
+    for name, f in fields.items():
+        parser.add_argument(f"--{name}", metavar=f.type.__name__.upper(), help=f"{f.metadata['doc']} (default: {f.default!r})".replace("%", "%%"))
+    flags, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        raise ValueError(f"unknown argument {flag}{nearest(flag.split('=')[0].lstrip('-'), fields)}")
+    if flags.config:
+        try:
+            loaded = yaml.safe_load(Path(flags.config).read_text()) or {}
+        except (OSError, yaml.YAMLError) as e:
+            raise ValueError(f"--config {flags.config}: {' '.join(str(e).split())}") from None
+        if not isinstance(loaded, dict):
+            raise ValueError(f"--config {flags.config}: must be lines of `key: value`")
+        for name, value in loaded.items():
+            if name not in fields:
+                raise ValueError(f"{flags.config}: unknown key {name}{nearest(str(name), fields)}")
+            put(name, value, f"{flags.config}: {name}")
+    for variable, text in environ.items():
+        name = variable.lower()
+        if variable.isupper() and name in fields:
+            put(name, text, f"environment variable {variable}")
+        elif variable.startswith("JEPA_"):
+            raise ValueError(f"unknown environment variable {variable}{nearest(variable, [n.upper() for n in fields])}")
+        elif close := difflib.get_close_matches(variable, [n.upper() for n in fields], n=1, cutoff=0.85):
+            warnings.append(f"warning: environment variable {variable} is read by nobody here; did you mean {close[0]}?")
+    for name in fields:
+        if getattr(flags, name) is not None:
+            put(name, getattr(flags, name), f"flag --{name}")
+    return Config(**values), origin, warnings
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def read_shard(path, vocab_size=None, sha256=None):
+    """The tokens of an llm.c shard as a uint16 memmap; ValueError names the file and what is wrong with it."""
+    header = np.fromfile(path, dtype="<i4", count=256)
+    if len(header) < 256 or header[0] != 20240520:
+        raise ValueError(f"{path}: not a token shard (its first number is not 20240520); make shards with a script in data/")
+    if header[1] != 1:
+        raise ValueError(f"{path}: shard version {header[1]}, only version 1 is known; make it again with a script in data/")
+    expected, size = 1024 + 2 * int(header[2]), os.path.getsize(path)
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes, but its header promises {expected}; it was cut off: fetch or make it again")
+    if sha256 is not None:
+        with open(path, "rb") as f:
+            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
+                raise ValueError(f"{path}: its sha256 is not the one in meta.json; fetch or make it again")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    if vocab_size is not None and len(tokens) and tokens.max() >= vocab_size:
+        raise ValueError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab_size}; set VOCAB_SIZE or the right TOKENIZER")
+    return tokens
+
+
+class TokenData:
+    """The shards of DATA_PATH: training rows in a seeded order, the val split, and what is known of the tokens.
+
+    Every shard is checked once, the work shared between the ranks. The batch of a step is a function of seed and step
+    alone, so the loader has no state. An epoch is a permutation of all rows; the tail of a shard that fills no row is
+    left out.
+    """
+
+    def __init__(self, cfg, rank=0, world_size=1):
+        self.cfg, self.folder = cfg, Path(cfg.data_path)
+        if not self.folder.is_dir():
+            raise ValueError(f"DATA_PATH={cfg.data_path}: no such folder; make one with a script in data/ (README, Data)")
+        meta_file = self.folder / "meta.json"
+        try:
+            self.meta = json.loads(meta_file.read_text()) if meta_file.exists() else None
+        except ValueError as e:
+            raise ValueError(f"{meta_file}: not valid JSON ({e}); make the data again") from None
+        self.bytes_per_token, self.token_table, self.doc_token, self.no_bpb = None, None, cfg.doc_token, None
+        self.load_vocabulary()
+        files = {split: sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
+        for split, found in files.items():
+            if not found:
+                raise ValueError(f"DATA_PATH={cfg.data_path}: no *_{split}_*.bin in it; make shards with a script in data/ (README, Data)")
+        shards = self.meta["shards"] if self.meta else {}
+        if self.meta and (odd := {f.name for found in files.values() for f in found} ^ set(shards)):
+            raise ValueError(f"{meta_file} and the shards beside it disagree on {', '.join(sorted(odd))}; make the data again")
+        everything = files["train"] + files["val"]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            list(pool.map(lambda f: read_shard(f, self.vocab_size, shards.get(f.name, {}).get("sha256")), everything[rank::world_size]))
+        self.train, self.val = ([read_shard(f) for f in files[split]] for split in ("train", "val"))
+        T = cfg.train_seq_len
+        if sum(map(len, self.val)) < T + 1:
+            raise ValueError(f"the val split of {cfg.data_path} has {sum(map(len, self.val))} tokens, fewer than a row of "
+                             f"TRAIN_SEQ_LEN={T} and its last target; lower TRAIN_SEQ_LEN or make a larger split")
+        self.first_row = np.cumsum([0] + [(len(tokens) - 1) // T for tokens in self.train])  # of each shard; last: all rows
+        if not self.first_row[-1]:
+            raise ValueError(f"no train shard of {cfg.data_path} holds a row of TRAIN_SEQ_LEN={T} tokens; lower it")
+        self.order = (None, None)  # (epoch, its permutation of rows)
+
+    def load_vocabulary(self):
+        """Vocabulary size, document marker, bytes per token and the tokens' bytes, from meta.json or TOKENIZER."""
+        from data.shards import token_table
+        tokenizer = self.cfg.tokenizer
+        if self.meta:
+            tokenizer = str(self.folder / self.meta["tokenizer"]["file"])
+            self.doc_token = self.meta["doc_token"]
+            self.bytes_per_token = np.array(self.meta["bytes_per_token"], dtype=np.int64)
+        if tokenizer:
+            self.token_table = token_table(tokenizer)
+            if self.bytes_per_token is None:
+                self.bytes_per_token = np.array([len(token) for token in self.token_table], dtype=np.int64)
+        else:
+            self.no_bpb = f"{self.folder} has no meta.json and TOKENIZER is not set, so the bytes per token are unknown"
+        known = self.meta["vocab_size"] if self.meta else len(self.token_table) if self.token_table else 0
+        self.vocab_size = self.cfg.vocab_size or known
+        if not self.vocab_size:
+            raise ValueError(f"{self.folder} has no meta.json: set VOCAB_SIZE, or TOKENIZER to a tiktoken name or a file of ranks")
+        if self.bytes_per_token is not None:  # ids beyond the tokenizer's never occur
+            self.bytes_per_token = np.pad(self.bytes_per_token, (0, max(0, self.vocab_size - len(self.bytes_per_token))))
+
+    def batch(self, step, rows, first_row, count):
+        """Rows first_row.. of the `rows` rows of this step's global batch: idx and targets, int64 CPU tensors (count, T)."""
+        T, total = self.cfg.train_seq_len, int(self.first_row[-1])
+        out = np.empty((count, T + 1), dtype=np.int64)
+        for i in range(count):
+            epoch, n = divmod(step * rows + first_row + i, total)
+            if self.order[0] != epoch:
+                self.order = epoch, np.random.default_rng([self.cfg.seed, epoch]).permutation(total)
+            row = int(self.order[1][n])
+            shard = bisect.bisect_right(self.first_row, row) - 1
+            start = (row - int(self.first_row[shard])) * T
+            out[i] = self.train[shard][start:start + T + 1]
+        out = torch.from_numpy(out)
+        return out[:, :-1].contiguous(), out[:, 1:].contiguous()
+
+    def val_windows(self):
+        """Yield idx, targets (T,) that score every token of the val split but each shard's first exactly once.
+
+        Rows lie side by side, or advance by EVAL_STRIDE tokens, so that a target sees at least T - EVAL_STRIDE tokens
+        where there are so many. Targets are -1 where the window before has scored them, and behind the end.
+        """
+        T, left = self.cfg.train_seq_len, self.cfg.val_tokens or sum(map(len, self.val))
+        stride = self.cfg.eval_stride or T
+        for tokens in self.val:
+            tokens = tokens[:left].astype(np.int64)
+            left -= len(tokens)
+            for done in range(0, len(tokens) - 1, stride):
+                end = min(done + stride, len(tokens) - 1)
+                start = max(0, end - T)
+                idx, targets = np.zeros(T, dtype=np.int64), np.full(T, -1, dtype=np.int64)
+                idx[:end - start] = tokens[start:end]
+                targets[done - start:end - start] = tokens[done + 1:end + 1]
+                yield idx, targets
+
+
+# -------------------------------------------------------------------------------------------------------- optimizer
+
+
+def orthogonalize(g, steps=5):
+    """The nearest semi-orthogonal matrix of each matrix of g (N, m, n), roughly: all singular values go to 0.7..1.2.
+
+    Quintic Newton-Schulz iteration, coefficients of Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.size(-2) > g.size(-1) else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.size(-2) > g.size(-1) else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then the orthogonalised update, for matrices. Those of one shape are stacked and treated as one batch,
+    shared between the ranks; every rank keeps all momentum. Also sums the gradients of its parameters over the ranks."""
+
+    def __init__(self, params, lr, momentum, dtype):
+        super().__init__(params, dict(lr=lr, momentum=momentum, initial_lr=lr))
+        self.dtype = dtype  # of the iteration
+        for group in self.param_groups:
+            shapes = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            group["stacks"] = list(shapes.values())
+
+    @torch.no_grad()
+    def step(self):
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        for group in self.param_groups:
+            for params in group["stacks"]:
+                grad = torch.stack([p.grad for p in params])
+                if world_size > 1:
+                    dist.all_reduce(grad)
+                state = self.state[params[0]]
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(grad)
+                momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
+                update = grad.lerp_(momentum, group["momentum"]).to(self.dtype)  # Nesterov
+                if world_size > 1:
+                    share = -(-len(params) // world_size)
+                    mine = update.new_zeros(share, *update.shape[1:])
+                    part = update[rank * share:(rank + 1) * share]
+                    mine[:len(part)] = part
+                    update = update.new_empty(share * world_size, *update.shape[1:])
+                    dist.all_gather_into_tensor(update, orthogonalize(mine))
+                else:
+                    update = orthogonalize(update)
+                # the update's root mean square is the same for every shape
+                scale = max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
+                torch._foreach_add_(params, list(update[:len(params)].to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
+
+
+def build_optimizers(model, cfg):
+    """[Muon for the blocks' matrices, Adam for the rest]; every parameter of the model is in exactly one group."""
+    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+    embeds = [model.embed.weight]
+    heads = [] if model.head is None else [model.head.weight]
+    taken = set(map(id, matrices + embeds + heads))
+    scalars = [p for p in model.parameters() if id(p) not in taken]
+    groups = [dict(params=params, lr=lr, initial_lr=lr) for params, lr in (
+        (embeds, cfg.embed_lr if heads else cfg.tied_embed_lr), (heads, cfg.head_lr), (scalars, cfg.scalar_lr)) if params]
+    adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
+    return [Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, model.config.dtype), adam]
+
+
+# ---------------------------------------------------------------------------------------------------- training step
+
+
+@dataclass
+class Layout:
+    """Who does what: `rows` of the global batch, of which this rank holds local_rows from first_row on, in micro-batches."""
+    rank: int
+    world_size: int
+    device: torch.device
+    rows: int
+    micro_rows: int
+
+    @property
+    def local_rows(self):
+        return self.rows // self.world_size
+
+    @property
+    def first_row(self):
+        return self.rank * self.local_rows
+
+
+def divide_batch(cfg, rank, world_size, device):
+    """The Layout of a run; ValueError where TRAIN_BATCH_TOKENS doesn't come out even."""
+    rows, rest = divmod(cfg.train_batch_tokens, cfg.train_seq_len)
+    accum = cfg.grad_accum_steps or next(
+        (n for n in range(1, rows + 1) if rows % (n * world_size) == 0 and rows // (n * world_size) * cfg.train_seq_len <= 65_536), 1)
+    if rest or rows % (world_size * accum):
+        raise ValueError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} must be a multiple of ranks x GRAD_ACCUM_STEPS x TRAIN_SEQ_LEN = "
+                         f"{world_size} x {accum} x {cfg.train_seq_len}")
+    return Layout(rank, world_size, device, rows, rows // (world_size * accum))
+
+
+def training_loss(model, idx, targets, num_targets, jepa_layer=-1, jepa_distance=None, spans=None, jepa_lambda=None):
+    """CE + lambda * JEPA of one micro-batch: what is compiled, one graph without the term and one with it.
+
+    num_targets: targets of the global batch, so that micro-batches and ranks add up to its mean. spans: (a, b, start,
+    end, weight), weight being 1 / spans of the global batch, or 0; None: no term, and not a trace of it in the graph.
+    jepa_lambda: 0-dim tensor. Returns (CE,), or (CE + lambda * JEPA, CE, JEPA), the last two detached.
+    """
+    x, h = model._run_blocks(idx, jepa_layer)
+    ce = model.cross_entropy(x, targets) / num_targets
+    if spans is None:
+        return (ce,)
+    a, b, start, end, weight = spans
+    term = jepa.distance(*jepa.span_views(h, a, b, start, end), jepa_distance, weight)
+    return ce + jepa_lambda * term, ce.detach(), term.detach()
+
+
+def draw_spans(cfg, data, layout, step, idx):
+    """Spans of this rank's rows idx: a, b, start, end and weight, each (local rows, S), as training_loss wants them.
+
+    Their generator is seeded by seed and step alone, so a run that starts the term late draws the same.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
+    *positions, weight = jepa.sample_spans(
+        idx, generator, spans=cfg.jepa_spans, max_span_frac=cfg.jepa_max_span_frac,
+        doc_token=data.doc_token if cfg.jepa_doc else None, total_rows=layout.rows, first_row=layout.first_row)
+    count = weight.sum()
+    if layout.world_size > 1:
+        dist.all_reduce(count)  # a CPU tensor: over gloo, so the GPU is not waited for
+    return *positions, weight / count.clamp(min=1)
+
+
+def accumulate_gradients(model, loss_fn, cfg, data, layout, step, jepa_lambda):
+    """Forward and backward of this rank's share of a step; gradients are left in .grad, to be summed over the ranks.
+
+    loss_fn: training_loss, compiled or not. jepa_lambda: float, or None for no term. Returns the global mean losses,
+    a tensor (CE,) or (CE, JEPA) on the device.
+    """
+    batch = data.batch(step, layout.rows, layout.first_row, layout.local_rows)
+    weight = None
+    if jepa_lambda is not None:
+        batch += draw_spans(cfg, data, layout, step, batch[0])
+        weight = torch.tensor(jepa_lambda, device=layout.device)
+    if layout.device.type == "cuda":
+        batch = [t.pin_memory().to(layout.device, non_blocking=True) for t in batch]
+    losses = 0
+    for idx, targets, *spans in zip(*(t.split(layout.micro_rows) for t in batch)):
+        loss, *terms = loss_fn(model, idx, targets, layout.rows * cfg.train_seq_len, cfg.jepa_layer, cfg.jepa_distance,
+                               tuple(spans) or None, weight)
+        loss.backward()
+        losses += torch.stack(terms or [loss.detach()])
+    if layout.world_size > 1:
+        dist.all_reduce(losses)
+    return losses
+
+
+def apply_gradients(optimizers, progress, cfg):
+    """One optimizer step with the learning rates of this moment of the run; clears the gradients."""
+    muon, adam = optimizers
+    if dist.is_initialized():
+        for group in adam.param_groups:
+            for p in group["params"]:
+                dist.all_reduce(p.grad)
+    warmdown = min(1.0, (1 - progress) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * warmdown
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def row_losses(model, idx, targets):
+    """Cross entropy in nats summed over each row's targets: (B,)."""
+    x, _ = model._run_blocks(idx, -1)
+    return model.cross_entropy(x, targets, reduction="none").view(idx.shape).sum(1)
+
+
+@torch.no_grad()
+def evaluate(model, eval_fn, data, layout):
+    """(val_loss in nats per token, val_bpb in bits per UTF-8 byte of text or None) over the val split, the same at any rank count."""
+    nats, tokens, text_bytes, batch = 0.0, 0, 0, []
+    windows = list(data.val_windows())
+    mine = windows[layout.rank::layout.world_size]
+    for n in range(0, len(mine), layout.micro_rows):
+        idx, targets = (torch.from_numpy(np.stack(t)) for t in zip(*mine[n:n + layout.micro_rows]))
+        missing = layout.micro_rows - len(idx)  # one shape, one graph
+        idx, targets = torch.nn.functional.pad(idx, (0, 0, 0, missing)), torch.nn.functional.pad(targets, (0, 0, 0, missing), value=-1)
+        nats += eval_fn(model, idx.to(layout.device), targets.to(layout.device)).double().sum()
+        scored = targets[targets >= 0].numpy()
+        tokens += len(scored)
+        text_bytes += int(data.bytes_per_token[scored].sum()) if data.bytes_per_token is not None else 0
+    total = torch.tensor([float(nats), tokens, text_bytes], dtype=torch.float64)
+    if layout.world_size > 1:
+        dist.all_reduce(total)
+    nats, tokens, text_bytes = total.tolist()
+    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
+
+
+# --------------------------------------------------------------------------------------------------------- artifact
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
+
+
+def to_safetensors(tensors):
+    """The bytes of a safetensors file of {name: tensor}: header length, JSON header, data (huggingface.co/docs/safetensors)."""
+    header, chunks, offset = {}, [], 0
+    for name, tensor in sorted(tensors.items()):
+        chunk = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        kind = next(k for k, v in DTYPES.items() if v == tensor.dtype)
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, offset + len(chunk)]}
+        chunks.append(chunk)
+        offset += len(chunk)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
+
+
+def from_safetensors(blob):
+    """{name: tensor} of the bytes of a safetensors file."""
+    start = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:start])
+    header.pop("__metadata__", None)
+    return {name: torch.frombuffer(bytearray(blob[start + e["data_offsets"][0]:start + e["data_offsets"][1]]),
+                                   dtype=DTYPES[e["dtype"]]).view(e["shape"]) for name, e in header.items()}
+
+
+def quantize(state):
+    """The artifact: matrices as int8 with one float16 scale a row, the rest as float16, compressed by zlib."""
+    out = {}
+    for name, w in state.items():
+        if w.dim() == 2 and w.numel() > 1024:
+            scale = (w.abs().amax(1, keepdim=True).float() / 127).clamp(min=2**-24).half()  # the smallest float16 above 0
+            out[name + ".scale"] = scale
+            out[name] = (w.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
+        else:
+            out[name] = w.half()
+    return zlib.compress(to_safetensors(out), 9)
+
+
+def dequantize(blob):
+    """The float32 state dict of an artifact."""
+    stored = from_safetensors(zlib.decompress(blob))
+    return {name: w.float() * stored[name + ".scale"].float() if w.dtype == torch.int8 else w.float()
+            for name, w in stored.items() if not name.endswith(".scale")}
+
+
+# ------------------------------------------------------------------------------------------------------------- logs
+
+
+class RunLog:
+    """Console, logs/<run_id>/log.txt and metrics.jsonl, and wandb where asked for; silent on all ranks but the first."""
+
+    def __init__(self, cfg, origin, rank):
+        self.folder, self.rank, self.wandb = ROOT / "logs" / cfg.run_id, rank, None
+        if rank:
+            return
+        try:
+            self.folder.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"RUN_ID={cfg.run_id}: {self.folder} exists and is never overwritten; choose another RUN_ID") from None
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+        with open(self.folder / "log.txt", "w") as f:
+            for name in ("train_gpt.py", "model.py", "jepa.py"):
+                f.write(f"{'=' * 40} {name}\n{(ROOT / name).read_text()}\n")
+            f.write(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run\n")
+        for name, value in dataclasses.asdict(cfg).items():
+            self.line(f"config {name}: {value!r} ({origin[name]})")
+        if cfg.wandb:
+            import wandb
+            self.wandb = wandb.init(project="nanojepa", name=cfg.run_id, config=dataclasses.asdict(cfg), dir=str(self.folder))
+
+    def line(self, text):
+        """Print a line and append it to log.txt."""
+        if self.rank == 0:
+            print(text, flush=True)
+            with open(self.folder / "log.txt", "a") as f:
+                f.write(text + "\n")
+
+    def metrics(self, step, train_time, values):
+        """Write a log line `step:… name:value … train_time:…ms step_avg:…ms`, a line of metrics.jsonl, and to wandb."""
+        if self.rank:
+            return
+        number, of = step
+        ms = 1000 * train_time
+        shown = " ".join(f"{k}:{v:.4f}" for k, v in values.items() if v is not None)
+        self.line(f"step:{number}/{of} {shown} train_time:{ms:.0f}ms step_avg:{ms / max(number, 1):.2f}ms")
+        row = {"step": number, **values, "train_time": train_time}
+        with open(self.folder / "metrics.jsonl", "a") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=number)
+
+
+def describe_machine():
+    """Versions, commit and hardware, as text for the log."""
+    def run(*command):
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30).stdout.strip()
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+    commit = run("git", "rev-parse", "HEAD") or "unknown"
+    if run("git", "status", "--porcelain", "--untracked-files=no"):
+        commit += " with uncommitted changes"
+    lines = [f"git commit: {commit}", f"python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}, {platform.platform()}",
+             f"CPU: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {run('sh', '-c', 'lscpu | grep -i model.name')}"]
+    return "\n".join(lines + ([run("nvidia-smi")] if torch.cuda.is_available() else []))
+
+
+# --------------------------------------------------------------------------------------------------------- the loop
+
+
+class Clock:
+    """Training time in s: runs between start and stop, which wait for the device; nothing else is counted."""
+
+    def __init__(self, device):
+        self.device, self.passed, self.since = device, 0.0, None
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def start(self):
+        self.synchronize()
+        self.since = time.perf_counter()
+
+    def stop(self):
+        self.synchronize()
+        self.passed, self.since = self.now(), None
+
+    def now(self):
+        return self.passed + (time.perf_counter() - self.since if self.since is not None else 0.0)
+
+
+def run_progress(cfg, step, clock, layout):
+    """Fraction of the run that is done, as rank 0 sees it: the larger of steps and seconds. 1 or more: stop."""
+    progress = step / cfg.iterations
+    if cfg.max_wallclock_seconds:
+        progress = max(progress, clock.now() / cfg.max_wallclock_seconds)
+    if layout.world_size > 1:
+        shared = torch.tensor(progress, dtype=torch.float64)
+        dist.broadcast(shared, 0)  # a CPU tensor: over gloo, so the GPU is not waited for
+        progress = shared.item()
+    return progress
+
+
+def jepa_schedule(cfg, progress):
+    return jepa.jepa_weight(progress, cfg.jepa_lambda, cfg.jepa_start_frac, cfg.jepa_end_frac, cfg.jepa_warmup_frac)
+
+
+def needed_graphs(cfg):
+    """The training graphs a run will need, as values of jepa_lambda: None for plain, and the weight with the term."""
+    return {jepa_schedule(cfg, p) and cfg.jepa_lambda for p in (0.0, cfg.jepa_start_frac, cfg.jepa_end_frac) if p < 1}
+
+
+def warm_up(model, loss_fn, cfg, data, layout):
+    """Compile every graph of the training step and load the kernels, then put the weights back. The loader and the span
+    generator have no state; the optimizers used here are thrown away."""
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    for weight in needed_graphs(cfg):
+        optimizers = build_optimizers(model, cfg)
+        accumulate_gradients(model, loss_fn, cfg, data, layout, 0, weight)
+        apply_gradients(optimizers, 0.0, cfg)
+    model.load_state_dict(before)
+
+
+def train(model, loss_fn, eval_fn, cfg, data, layout, log):
+    """Train to the end of the run and return its results: steps, train_seconds, val_loss, val_bpb and, with
+    TARGET_VAL_LOSS, time_to_target. ValueError where the loss is no longer finite."""
+    optimizers = build_optimizers(model, cfg)
+    clock, step, pending, reported, result = Clock(layout.device), 0, None, 0, {"time_to_target": None}
+    clock.start()
+
+    def settle(pending):
+        """Log the losses of the step before: reading them one step late keeps the device busy."""
+        number, losses, train_time = pending
+        losses = losses.tolist()
+        if not all(map(math.isfinite, losses)):
+            raise ValueError(f"non-finite loss at step {number} ({losses}): lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
+        if number <= 5 or number % cfg.train_log_every == 0:
+            log.metrics((number, cfg.iterations), train_time, dict(zip(("train_loss", "jepa_loss"), losses)))
+
+    while True:
+        progress = run_progress(cfg, step, clock, layout)
+        done = progress >= 1
+        if done or (cfg.val_loss_every and step and step % cfg.val_loss_every == 0):
+            if pending:
+                settle(pending)
+                pending = None
+            clock.stop()
+            val_loss, val_bpb = evaluate(model, eval_fn, data, layout)
+            log.metrics((step, cfg.iterations), clock.passed, {"val_loss": val_loss, "val_bpb": val_bpb})
+            if val_loss <= cfg.target_val_loss:
+                log.line(f"target_val_loss:{cfg.target_val_loss} reached at step {step} after train_time:{1000 * clock.passed:.0f}ms")
+                result["time_to_target"], done = clock.passed, True
+            if done:
+                return result | {"steps": step, "train_seconds": clock.passed, "val_loss": val_loss, "val_bpb": val_bpb}
+            clock.start()
+        losses = accumulate_gradients(model, loss_fn, cfg, data, layout, step, jepa_schedule(cfg, progress))
+        apply_gradients(optimizers, progress, cfg)
+        step += 1
+        if pending:
+            settle(pending)
+        pending = step, losses, clock.now()
+        if int(10 * progress) > reported:
+            reported = int(10 * progress)
+            log.line(f"progress: {progress:.0%}, {clock.now() / progress * (1 - progress):.0f} s of training left")
+
+
+def start_process():
+    """(rank, world size, device) of this process, in torchrun's group where there is one."""
+    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    else:  # two runs on a CPU are the same bit for bit; inductor's embedding backward would use atomic adds otherwise
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if world_size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return rank, world_size, device
+
+
+def choose_dtype(name, device):
+    """The torch dtype of DTYPE; auto is bfloat16 where the hardware multiplies it natively."""
+    if name == "auto":
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+                  torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+        return torch.bfloat16 if native else torch.float32
+    return getattr(torch, name)
+
+
+def build_model(cfg, vocab_size, device):
+    """The GPT of this config on the device, seeded, or with the weights of INIT_FROM; ValueError where they don't fit."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(GPTConfig(vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult,
+                          cfg.tie_embeddings, dtype=choose_dtype(cfg.dtype, device))).to(device)
+    if cfg.init_from:
+        path = Path(cfg.init_from) / "model.safetensors"
+        if not path.is_file():
+            raise ValueError(f"INIT_FROM={cfg.init_from}: {path} does not exist; give the folder of a finished run, logs/<run>")
+        state, own = from_safetensors(path.read_bytes()), model.state_dict()
+        for name in sorted(own.keys() | state.keys()):
+            shapes = [tuple(s[name].shape) if name in s else "nothing" for s in (state, own)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"INIT_FROM={cfg.init_from}: {name} is {shapes[0]} there and {shapes[1]} here; use that run's config.yaml")
+        model.load_state_dict(state)
+    return model
+
+
+def sample_text(model, data, cfg, tokens=120):
+    """A text the model writes from the document marker on, temperature 0.8, or why there is none."""
+    if data.token_table is None:
+        return "no text sample: the tokenizer is unknown"
+    generator = torch.Generator().manual_seed(cfg.seed)
+    new = model.generate([[data.doc_token]], tokens, temperature=0.8, top_k=50, stop_token=data.doc_token, generator=generator)[0]
+    return b"".join(data.token_table[t] for t in new if t < len(data.token_table)).decode(errors="replace")
+
+
+def run(cfg, origin):
+    """The main job: prepare, compile, train, evaluate, quantise, save. Returns the content of result.json."""
+    began = time.perf_counter()
+    rank, world_size, device = start_process()
+    cfg.run_id = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
+    layout = divide_batch(cfg, rank, world_size, device)
+    if cfg.data_path == EMBEDDED_DATA:
+        cfg.data_path = str(ROOT / EMBEDDED_DATA)
+        if rank == 0 and not Path(cfg.data_path).exists():
+            from data import stdlib
+            print("no data on disk: preparing the embedded corpus, the Python standard library", flush=True)
+            stdlib.main(cfg.data_path, cfg.vocab_size or 2048)
+        if world_size > 1:
+            dist.barrier()
+    data = TokenData(cfg, rank, world_size)
+    model = build_model(cfg, data.vocab_size, device)
+    log = RunLog(cfg, origin, rank)
+    parameters = sum(p.numel() for p in model.parameters())
+    log.line(f"{parameters:,} parameters, {model.config.dtype} on {world_size} x {device.type}, {layout.rows} rows of {cfg.train_seq_len} tokens "
+             f"a step in {layout.local_rows // layout.micro_rows} micro-batches on each rank, {sum(map(len, data.train)):,} train tokens")
+    if data.no_bpb:
+        log.line(f"no val_bpb: {data.no_bpb}")
+
+    loss_fn, eval_fn = training_loss, row_losses
+    if cfg.compile:
+        loss_fn, eval_fn = (torch.compile(f, fullgraph=True, dynamic=False) for f in (loss_fn, eval_fn))
+    compiling = time.perf_counter()
+    warm_up(model, loss_fn, cfg, data, layout)
+    log.line(f"{len(needed_graphs(cfg))} training graph(s) warmed up in {time.perf_counter() - compiling:.0f} s")
+
+    result = train(model, loss_fn, eval_fn, cfg, data, layout, log)
+    state = {name: w.detach().cpu() for name, w in model.state_dict().items()}
+    artifact = quantize(state)
+    if rank == 0:
+        (log.folder / "model.safetensors").write_bytes(to_safetensors(state))
+        (log.folder / "model.int8.zlib").write_bytes(artifact)
+    model.load_state_dict(dequantize(artifact))
+    quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, layout)
+    code_bytes = sum(len((ROOT / name).read_bytes()) for name in ("train_gpt.py", "model.py", "jepa.py"))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result |= {"quantized_val_loss": quantized_val_loss, "quantized_val_bpb": quantized_val_bpb,
+               "artifact_bytes": len(artifact) + code_bytes, "fits_16mb": len(artifact) + code_bytes <= 16_000_000,
+               "tokens": result["steps"] * cfg.train_batch_tokens, "parameters": parameters, "peak_memory_bytes": peak,
+               "total_seconds": time.perf_counter() - began, "run_id": cfg.run_id, "seed": cfg.seed, "config": dataclasses.asdict(cfg)}
+    if rank == 0:
+        model.load_state_dict(state)
+        log.line(f"{'-' * 40} text sample\n{sample_text(model, data, cfg)}\n{'-' * 40}")
+        (log.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        log.line(f"artifact: {len(artifact):,} bytes of weights + {code_bytes:,} of source = {result['artifact_bytes']:,} "
+                 f"({'within' if result['fits_16mb'] else 'over'} 16,000,000)")
+        shown = {k: result[k] for k in ("val_loss", "val_bpb", "quantized_val_bpb") if result[k] is not None}
+        log.line(f"result: {' '.join(f'{k}:{v:.4f}' for k, v in shown.items())} artifact_bytes:{result['artifact_bytes']} steps:{result['steps']} "
+                 f"train_time:{1000 * result['train_seconds']:.0f}ms -> logs/{cfg.run_id}/result.json")
+    if world_size > 1:
+        dist.destroy_process_group()
+    return result
+
+
+def main():
+    try:
+        cfg, origin, warnings = load_config(sys.argv[1:], os.environ)
+        if int(os.environ.get("RANK", 0)) == 0:
+            for warning in warnings:
+                print(warning, flush=True)
+        run(cfg, origin)
+    except ValueError as e:
+        if int(os.environ.get("RANK", 0)):
+            time.sleep(5)  # what all ranks find wrong is said once, by the first, whose exit ends the others
+        raise SystemExit(f"error: {e}") from None
+
+
+if __name__ == "__main__":
+    main()
