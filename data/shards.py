@@ -47,7 +47,7 @@ def write_shard(path, tokens):
     os.replace(part, path)
 
 
-def train_bpe(texts, vocab_size, total=None):
+def train_bpe(texts, vocab_size):
     """Byte-pair ranks trained by rustbpe on an iterable of str: a tiktoken Encoding of vocab_size - 1
     ranks, and the document marker as the last id. Deterministic."""
     import rustbpe
@@ -55,7 +55,7 @@ def train_bpe(texts, vocab_size, total=None):
     if not 258 <= vocab_size <= 65536:
         raise SystemExit(f"error: --vocab-size {vocab_size}: choose 258 (all bytes, a merge and the marker) to 65536 (what uint16 holds)")
     tokenizer = rustbpe.Tokenizer()
-    tokenizer.train_from_iterator(progress(texts, total, "training BPE"), vocab_size - 1, pattern=SPLIT_PATTERN)
+    tokenizer.train_from_iterator(progress(texts, desc="training BPE"), vocab_size - 1, pattern=SPLIT_PATTERN)
     ranks = {bytes(token): rank for token, rank in tokenizer.get_mergeable_ranks()}
     return tiktoken.Encoding("bpe", pat_str=SPLIT_PATTERN, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks)})
@@ -98,6 +98,14 @@ def read_ranks(path):
     return ranks
 
 
+def write_ranks(path, table):
+    """Write a token table as a tiktoken file, which read_ranks and tiktoken read."""
+    with open(path, "wb") as f:
+        for i, token in enumerate(table):
+            if token:
+                f.write(base64.b64encode(token) + b" %d\n" % i)
+
+
 def token_table(tokenizer):
     """The bytes of every token id of a tiktoken name or a file of ranks (which needs no tiktoken), b"" for the document
     marker, the id behind the last rank."""
@@ -137,7 +145,7 @@ def split_documents(documents, val_fraction):
     return len(digests), set(unique[:min(len(unique) - 1, math.ceil(val_fraction * len(unique)))])
 
 
-def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=None, tokenizer=None, shuffle_seed=None):
+def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=None, tokenizer=None):
     """Tokenise documents into out/<name>_train_*.bin and out/<name>_val_*.bin with out/meta.json.
 
     documents: a function that returns a fresh iterator of str (read two or three times, never held).
@@ -161,7 +169,7 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
             yield ("val" if hashlib.sha256(text.encode()).digest() in val_digests else "train"), text
 
     if tokenizer is None:
-        encoding = train_bpe((text for split, text in pieces() if split == "train"), vocab_size, None)
+        encoding = train_bpe((text for split, text in pieces() if split == "train"), vocab_size)
     else:
         encoding = load_tokenizer(tokenizer)
     marker = encoding.eot_token
@@ -195,10 +203,7 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
             flush(split)
 
     table = token_bytes(encoding)
-    with open(work / "tokenizer.tiktoken", "wb") as f:
-        for i, token in enumerate(table):
-            if token:
-                f.write(base64.b64encode(token) + b" %d\n" % i)
+    write_ranks(work / "tokenizer.tiktoken", table)
     write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str},
                table=table, doc_token=marker, shards=shards, source=source, licence=licence)
     os.replace(work, out)

@@ -1,0 +1,96 @@
+"""Small real data and runs: shards written by data/shards.py, train_gpt.py in a process of its own."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gpt
+from data.shards import prepare
+
+ROOT = Path(train_gpt.__file__).parent
+# A network small enough to compile in seconds, odd enough (GQA, odd number of layers) to catch mix-ups.
+TINY = dict(num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, train_seq_len=32, train_batch_tokens=256,
+            iterations=8, max_wallclock_seconds=0.0, train_log_every=1, compile=False, dtype="float32")
+
+
+def texts():
+    """112 documents between 1 and some 300 characters, more than ASCII, half of them of one or two tokens, one twice."""
+    words = "the cat säh ein Haus, and → then it ran; def f(x): return x + 1\n".split(" ")
+    docs = [" ".join(words[(i * k) % len(words)] for k in range(1 + (i * 7) % 40)) + f" {i}" for i in range(59)]
+    tiny = [f"{chr(97 + i % 26)}{i}"[:1 + i % 3] for i in range(52)]
+    return [text for pair in zip(docs, tiny + docs[:7]) for text in pair][:111] + docs[:1]
+
+
+@pytest.fixture(scope="session")
+def data_path(tmp_path_factory):
+    """A prepared data folder with a BPE vocabulary of 300 and short documents."""
+    return str(prepare(tmp_path_factory.mktemp("data") / "tiny", "tiny", lambda: iter(texts() * 4), source="conftest.py",
+                       licence="MIT", val_fraction=0.2, vocab_size=300))
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """What start_process sets on a CPU, for the tests that call its parts."""
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(2)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_config(data_path, **settings):
+    return train_gpt.Config(**{**TINY, "data_path": data_path, **settings})
+
+
+class MemoryLog:
+    """A RunLog that keeps what is written."""
+    folder = Path("memory")
+
+    def __init__(self):
+        self.lines, self.rows = [], []
+
+    def line(self, text):
+        self.lines.append(text)
+
+    def metrics(self, step, train_time, values):
+        self.rows.append((step[0], values))
+
+    def curve(self, name):
+        return [values[name] for _, values in self.rows if name in values]
+
+
+def train_in_process(cfg, loss_fn=None, warm_up=False, eval_fn=train_gpt.row_losses):
+    """Run the loop itself with loader, step and optimizers as they are: (model, MemoryLog)."""
+    data = train_gpt.TokenData(cfg)
+    layout = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
+    model, log = train_gpt.build_model(cfg, data.vocab_size, layout.device), MemoryLog()
+    if warm_up:
+        train_gpt.warm_up(model, loss_fn, cfg, data, layout)
+    train_gpt.train(model, loss_fn or train_gpt.training_loss, eval_fn, cfg, data, layout, log)
+    return model, log
+
+
+def run_cli(data_path, *flags, ranks=0, env=None, cwd=ROOT, timeout=300):
+    """train_gpt.py as a user starts it, under torchrun where ranks are given; the finished process."""
+    clean = {k: v for k, v in os.environ.items() if k.lower() not in train_gpt.Config.__dataclass_fields__}
+    settings = {**TINY, "data_path": data_path, "compile": 0}
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []),
+               str(ROOT / "train_gpt.py"), *(f"--{k}={v}" for k, v in settings.items()), *flags]
+    return subprocess.run(command, cwd=cwd, env={**clean, **(env or {})}, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def run_id(request):
+    """A free RUN_ID, whose folder is removed afterwards."""
+    import shutil
+    name = f"test-{os.getpid()}-{request.node.name[:40]}".replace("[", "-").replace("]", "")
+    yield name
+    for folder in (ROOT / "logs").glob(f"{name}*"):
+        shutil.rmtree(folder)
+
+
+def result_of(run_id):
+    return json.loads((ROOT / "logs" / run_id / "result.json").read_text())

@@ -1,0 +1,294 @@
+"""The training step really used: its graphs, its sums over micro-batches and ranks, its schedule, its optimizers."""
+import math
+
+import pytest
+import torch
+
+import jepa
+import train_gpt
+from conftest import make_config, result_of, run_cli, train_in_process
+from model import GPT, Linear
+
+
+def setup(data_path, **settings):
+    cfg = make_config(data_path, **settings)
+    data = train_gpt.TokenData(cfg)
+    layout = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
+    return cfg, data, layout, train_gpt.build_model(cfg, data.vocab_size, layout.device)
+
+
+class GraphRecorder:
+    """A torch.compile backend that keeps every captured FX graph and runs it as it is."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph_module, example_inputs):
+        number = {node: i for i, node in enumerate(graph_module.graph.nodes)}  # names follow Python variables: compare structure
+        self.graphs.append([(n.op, n.target, *torch.fx.node.map_arg((n.args, n.kwargs), lambda m: f"node {number[m]}"))
+                            for n in graph_module.graph.nodes])
+        return graph_module
+
+    def compile(self, f):
+        torch._dynamo.reset()
+        return torch.compile(f, backend=self, fullgraph=True, dynamic=False)
+
+
+# ---- the off switch
+
+
+def test_with_lambda_0_the_graph_is_that_of_a_model_that_never_heard_of_jepa(data_path):
+    cfg, data, layout, model = setup(data_path)
+    idx, targets = data.batch(0, layout.rows, 0, layout.rows)
+    count = layout.rows * cfg.train_seq_len
+
+    def baseline(model: GPT, idx, targets):
+        return (model(idx, targets) / count,)
+
+    plain, off = GraphRecorder(), GraphRecorder()
+    plain.compile(baseline)(model, idx, targets)[0].backward()
+    loss_fn = off.compile(train_gpt.training_loss)
+    for step in range(3):
+        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, layout, step, None)
+    assert len(plain.graphs) == len(off.graphs) == 1
+    assert off.graphs == plain.graphs
+
+
+def test_with_the_term_there_is_exactly_one_more_graph_however_spans_and_weight_vary(data_path):
+    recorder = GraphRecorder()
+    cfg = make_config(data_path, jepa_lambda=0.1, jepa_start_frac=0.25, jepa_warmup_frac=0.5, jepa_end_frac=0.9, jepa_spans=2, iterations=12)
+    train_in_process(cfg, recorder.compile(train_gpt.training_loss), warm_up=True)
+    assert len(recorder.graphs) == 2
+    recorder = GraphRecorder()
+    train_in_process(make_config(data_path, jepa_lambda=0.1), recorder.compile(train_gpt.training_loss), warm_up=True)
+    assert len(recorder.graphs) == 1
+
+
+def test_needed_graphs():
+    graphs = lambda **k: train_gpt.needed_graphs(train_gpt.Config(**k))
+    assert graphs() == {None}
+    assert graphs(jepa_lambda=0.1) == {0.1}
+    assert graphs(jepa_lambda=0.1, jepa_start_frac=0.5) == graphs(jepa_lambda=0.1, jepa_end_frac=0.5) == {None, 0.1}
+    assert graphs(jepa_lambda=0.1, jepa_start_frac=0.5, jepa_end_frac=0.5) == {None}
+
+
+def test_off_is_bit_identical_whatever_the_other_knobs_say(data_path):
+    _, plain = train_in_process(make_config(data_path))
+    _, off = train_in_process(make_config(data_path, jepa_lambda=0.0, jepa_max_span_frac=0.9, jepa_spans=3, jepa_layer=1, jepa_distance="mse"))
+    assert plain.curve("train_loss") == off.curve("train_loss") and not off.curve("jepa_loss")
+    assert plain.curve("val_loss") == off.curve("val_loss")
+
+
+def test_a_term_that_starts_halfway_leaves_the_first_half_untouched(data_path):
+    _, off = train_in_process(make_config(data_path, iterations=10))
+    _, late = train_in_process(make_config(data_path, iterations=10, jepa_lambda=0.5, jepa_start_frac=0.5))
+    # the loss of step 6 is that of the weights after 5 plain steps; the term's gradient shows from step 7 on
+    assert off.curve("train_loss")[:6] == late.curve("train_loss")[:6]
+    assert off.curve("train_loss")[6] != late.curve("train_loss")[6]
+    assert [n for n, values in late.rows if "jepa_loss" in values] == [6, 7, 8, 9, 10]
+
+
+def test_warm_up_leaves_no_trace(data_path):
+    settings = dict(jepa_lambda=0.1, jepa_start_frac=0.5)
+    _, cold = train_in_process(make_config(data_path, **settings))
+    _, warm = train_in_process(make_config(data_path, **settings), train_gpt.training_loss, warm_up=True)
+    assert cold.rows == warm.rows
+
+
+# ---- what a step computes
+
+
+@pytest.mark.parametrize("layer, distance, spans, by_document", [(-1, "cosine", 1, True), (0, "mse", 3, True), (1, "l2", 2, False), (2, "cosine", 2, True)])
+def test_losses_and_gradients_of_a_step_match_one_written_out(data_path, layer, distance, spans, by_document):
+    """CE is the mean over all targets, JEPA over all spans of the global batch; documents without a span do not count."""
+    cfg, data, layout, model = setup(data_path, jepa_lambda=0.7, jepa_layer=layer, jepa_distance=distance, jepa_spans=spans,
+                                     jepa_doc=by_document, grad_accum_steps=2, train_batch_tokens=512)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    losses = train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, layout, 3, 0.7)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+
+    idx, targets = data.batch(3, layout.rows, 0, layout.rows)
+    a, b, start, end, weight = train_gpt.draw_spans(cfg, data, layout, 3, idx)
+    x, h = model._run_blocks(idx, layer)
+    ce = torch.nn.functional.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten())
+    distances = []
+    for row in range(layout.rows):
+        for s in range(spans):
+            if weight[row, s] > 0:
+                i, j, p, q = (t[row, s] for t in (a, b, start, end))
+                context, patch = (h[row, i - 1] - h[row, p]) + (h[row, q] - h[row, j]), h[row, j] - h[row, i - 1]
+                difference = context - patch
+                distances.append({"cosine": 1 - torch.nn.functional.cosine_similarity(context, patch, dim=0), "l2": difference.norm(),
+                                  "mse": difference.square().mean()}[distance])
+    term = torch.stack(distances).mean()
+    (ce + 0.7 * term).backward()
+    # two micro-batches against one batch: float32 rounding of sums over some hundred targets
+    assert losses.tolist() == pytest.approx([ce.item(), term.item()], rel=1e-5)
+    for ours, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_rows_hold_spans_and_documents_without_one(data_path):
+    """The data of these tests must contain what they are about: rows with several documents, and unequal span counts."""
+    cfg, data, layout, _ = setup(data_path, train_seq_len=8, train_batch_tokens=512, jepa_lambda=0.1)
+    idx, _ = data.batch(0, layout.rows, 0, layout.rows)
+    assert ((idx == data.doc_token).sum(1) > 1).any()
+    halves = [train_gpt.draw_spans(cfg, data, layout, step, data.batch(step, layout.rows, 0, layout.rows)[0])[4].gt(0).view(2, -1).sum(1)
+              for step in range(20)]
+    assert any(x[0] != x[1] for x in halves)
+
+
+@pytest.mark.parametrize("accum", [2, 4])
+def test_accumulation_gives_the_same_curve(data_path, accum):
+    curves = [train_in_process(make_config(data_path, train_seq_len=8, jepa_lambda=0.1, grad_accum_steps=n))[1] for n in (1, accum)]
+    for name in ("train_loss", "jepa_loss", "val_loss"):
+        # float32 sums in another order, 8 steps of Muon apart
+        assert curves[0].curve(name) == pytest.approx(curves[1].curve(name), rel=2e-4)
+
+
+@pytest.mark.parametrize("accum", [2])
+def test_two_ranks_with_unequal_span_counts_equal_one_compiled(data_path, run_id, accum):
+    flags = ["--train_seq_len=8", "--jepa_lambda=0.1", "--compile=1", "--iterations=6", "--vocab_size=320"]
+    one, two = f"{run_id}-one", f"{run_id}-two"
+    for name, ranks, accum_flag in ((one, 0, 1), (two, 2, accum)):
+        done = run_cli(data_path, *flags, f"--grad_accum_steps={accum_flag}", f"--run_id={name}", ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+    import json
+    curves = [[json.loads(line) for line in open(train_gpt.ROOT / "logs" / name / "metrics.jsonl")] for name in (one, two)]
+    assert len(curves[0]) == len(curves[1]) == 7
+    for x, y in zip(*curves):
+        for key in x.keys() - {"train_time"}:
+            assert x[key] == pytest.approx(y[key], rel=2e-4)
+    for key in ("val_loss", "val_bpb", "quantized_val_bpb"):
+        assert result_of(one)[key] == pytest.approx(result_of(two)[key], rel=2e-4)
+
+
+def test_two_compiled_runs_on_two_threads_are_identical(data_path):
+    torch._dynamo.reset()
+    compiled = torch.compile(train_gpt.training_loss, fullgraph=True, dynamic=False)
+    assert torch.get_num_threads() == 2
+    # 2,048 tokens a step over a vocabulary of 300: every embedding row gets many gradients, which atomic adds would shuffle
+    settings = dict(jepa_lambda=0.1, train_batch_tokens=2048, iterations=6)
+    runs = [train_in_process(make_config(data_path, **settings), compiled) for _ in range(2)]
+    assert runs[0][1].rows == runs[1][1].rows
+    for x, y in zip(runs[0][0].parameters(), runs[1][0].parameters()):
+        assert torch.equal(x, y)
+
+
+# ---- the loop
+
+
+def test_a_term_lowers_itself(data_path):
+    """The JEPA gradient points the right way: with a large weight the term falls, without any it does not fall as far."""
+    _, with_term = train_in_process(make_config(data_path, jepa_lambda=2.0, iterations=30))
+    assert with_term.curve("jepa_loss")[-1] < with_term.curve("jepa_loss")[0] - 0.2
+
+
+def test_training_learns(data_path):
+    _, log = train_in_process(make_config(data_path, iterations=60))
+    assert log.curve("train_loss")[0] == pytest.approx(math.log(300), abs=0.1)  # the zero head begins uniform
+    assert log.curve("val_loss")[-1] < 3.5
+
+
+def test_wallclock_cap_stops_and_drives_the_schedule(data_path, monkeypatch):
+    """Progress is the larger of steps and seconds; warm-down and the term follow it."""
+    cfg, _, layout, _ = setup(data_path, max_wallclock_seconds=10.0, iterations=100)
+    clock = train_gpt.Clock(layout.device)
+    clock.passed = 4.0
+    assert train_gpt.run_progress(cfg, 20, clock, layout) == 0.4
+    assert train_gpt.run_progress(cfg, 70, clock, layout) == 0.7
+    monkeypatch.setattr(train_gpt.Clock, "now", lambda self: 0.11 * next(self.ticks))
+    monkeypatch.setattr(train_gpt.Clock, "ticks", iter(range(10_000)), raising=False)
+    _, log = train_in_process(make_config(data_path, max_wallclock_seconds=1.0, iterations=10_000, jepa_lambda=0.1, jepa_start_frac=0.5))
+    assert 3 <= log.rows[-1][0] <= 10  # two or three looks at the clock a step
+    with_term = [n for n, values in log.rows if "jepa_loss" in values]
+    assert with_term and min(with_term) > 1
+
+
+def test_warmdown_is_linear_to_zero(data_path):
+    cfg, data, layout, model = setup(data_path, warmdown_frac=0.4)
+    optimizers = train_gpt.build_optimizers(model, cfg)
+    for progress, factor in ((0.0, 1), (0.6, 1), (0.8, 0.5), (0.95, 0.125)):
+        train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, layout, 0, None)
+        train_gpt.apply_gradients(optimizers, progress, cfg)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                assert group["lr"] == pytest.approx(group["initial_lr"] * factor)
+
+
+def test_target_val_loss_stops(data_path):
+    cfg = make_config(data_path, iterations=60, val_loss_every=5, target_val_loss=5.0)
+    _, log = train_in_process(cfg)
+    assert log.rows[-1][0] < 60 and log.curve("val_loss")[-1] <= 5.0 < log.curve("val_loss")[-2]
+    assert any("target_val_loss:5.0 reached" in line for line in log.lines)
+
+
+def test_non_finite_loss_names_the_step(data_path, monkeypatch):
+    original = train_gpt.accumulate_gradients
+
+    def poisoned(model, loss_fn, cfg, data, layout, step, weight):
+        losses = original(model, loss_fn, cfg, data, layout, step, weight)
+        return losses * (float("nan") if step == 3 else 1)
+
+    monkeypatch.setattr(train_gpt, "accumulate_gradients", poisoned)
+    with pytest.raises(ValueError, match="non-finite loss at step 4 "):
+        train_in_process(make_config(data_path))
+
+
+# ---- optimizers
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_optimizers_cover_each_parameter_exactly_once_and_each_gets_a_gradient(data_path, tie):
+    cfg, data, layout, model = setup(data_path, tie_embeddings=tie, jepa_lambda=0.1)
+    optimizers = train_gpt.build_optimizers(model, cfg)
+    held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
+    matrices = {id(m.weight) for m in model.blocks.modules() if isinstance(m, Linear)}
+    assert {id(p) for p in optimizers[0].param_groups[0]["params"]} == matrices
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    for step in range(3):  # the zero-initialised projections and head need a step before the gradient passes them
+        train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, layout, step, 0.1)
+        if step == 2:
+            assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
+        train_gpt.apply_gradients(optimizers, 0.0, cfg)
+    for name, p in model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 32, 8), (2, 8, 32)])
+def test_orthogonalize_keeps_singular_vectors_and_sends_values_near_one(shape):
+    g = torch.randn(shape, dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(train_gpt.orthogonalize(g), full_matrices=False)
+    assert 0.6 < S.min() and S.max() < 1.25  # the band the published coefficients give
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    middle = u.mT @ train_gpt.orthogonalize(g) @ vh.mT  # diagonal where the singular vectors are kept
+    torch.testing.assert_close(middle, torch.diag_embed(middle.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-9)
+
+
+def test_muon_matches_one_matrix_at_a_time():
+    """Stacked by shape, against the definition: Nesterov momentum, orthogonalised, scaled, per matrix."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 8), (16, 8), (8, 8), (8, 16))]
+    slow, momentum = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
+    muon = train_gpt.Muon(params, lr=0.1, momentum=0.9, dtype=torch.float32)
+    for _ in range(3):
+        for i, p in enumerate(params):
+            p.grad = torch.randn_like(p)
+            momentum[i] = 0.9 * momentum[i] + 0.1 * p.grad
+            update = train_gpt.orthogonalize((0.1 * p.grad + 0.9 * momentum[i])[None])[0]
+            slow[i] -= 0.1 * max(1, p.size(0) / p.size(1)) ** 0.5 * update
+        muon.step()
+    for p, q in zip(params, slow):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-4, atol=1e-5)
+
+
+def test_jepa_lambda_reaches_the_optimizer_through_the_step(data_path):
+    _, off = train_in_process(make_config(data_path))
+    _, on = train_in_process(make_config(data_path, jepa_lambda=0.1))
+    assert off.curve("val_loss") != on.curve("val_loss")
+    assert jepa.DISTANCES[0] == train_gpt.Config.jepa_distance
