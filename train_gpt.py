@@ -36,8 +36,9 @@ EMBEDDED_DATA = "data/stdlib"
 # ----------------------------------------------------------------------------------------------------------- config
 
 
-def knob(default, doc):
-    return field(default=default, metadata={"doc": doc})
+def knob(default, doc, low=None, high=None):
+    """A setting with its one line of documentation and the range it must lie in, both ends included."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high})
 
 
 @dataclass
@@ -47,15 +48,15 @@ class Config:
     data_path: str = knob(EMBEDDED_DATA, "folder with *_train_*.bin and *_val_*.bin; the default is prepared where it is missing")
     tokenizer: str = knob("", "for shards without meta.json: a tiktoken name or a file of ranks, which gives the bytes per token")
     doc_token: int = knob(50256, "for shards without meta.json: the token id that begins a document")
-    vocab_size: int = knob(0, "rows of the embedding; 0: the tokenizer's size. A multiple of 64 is faster on a GPU")
-    val_tokens: int = knob(0, "tokens of the val split that are evaluated; 0: all")
+    vocab_size: int = knob(0, "rows of the embedding; 0: the tokenizer's size. A multiple of 64 is faster on a GPU", 0)
+    val_tokens: int = knob(0, "tokens of the val split that are evaluated; 0: all", 0)
     # length of the run
-    iterations: int = knob(10_000, "steps at most")
-    max_wallclock_seconds: float = knob(150.0, "training time at most, s, without compilation and validation; 0: no cap")
-    target_val_loss: float = knob(0.0, "stop at the first validation at or below this, nats per token; 0: never")
-    train_batch_tokens: int = knob(4096, "tokens per step over all ranks and micro-batches")
-    train_seq_len: int = knob(256, "tokens per row; attention costs its square")
-    grad_accum_steps: int = knob(0, "micro-batches per step and rank, less memory and the same step; 0: as few as keep one at 65,536 tokens")
+    iterations: int = knob(10_000, "steps at most", 1)
+    max_wallclock_seconds: float = knob(150.0, "training time at most, s, without compilation and validation; 0: no cap", 0)
+    target_val_loss: float = knob(0.0, "stop at the first validation at or below this, nats per token; 0: never", 0)
+    train_batch_tokens: int = knob(4096, "tokens per step over all ranks and micro-batches", 1)
+    train_seq_len: int = knob(256, "tokens per row; attention costs its square", 1)
+    grad_accum_steps: int = knob(0, "micro-batches per step and rank, less memory and the same step; 0: as few as keep one at 65,536 tokens", 0)
     # model
     num_layers: int = knob(6, "blocks")
     model_dim: int = knob(256, "width")
@@ -64,49 +65,43 @@ class Config:
     mlp_mult: int = knob(4, "width of the MLP over model_dim")
     tie_embeddings: bool = knob(False, "1: the output head is the embedding; saves vocab_size x model_dim parameters")
     # optimizer
-    matrix_lr: float = knob(0.04, "Muon learning rate of the blocks' matrices")
-    embed_lr: float = knob(0.6, "Adam learning rate of the embedding")
-    head_lr: float = knob(0.008, "Adam learning rate of the output head")
-    tied_embed_lr: float = knob(0.05, "Adam learning rate of the embedding where it is tied to the head")
-    scalar_lr: float = knob(0.04, "Adam learning rate of gains and mixing weights")
-    muon_momentum: float = knob(0.95, "momentum of Muon (Nesterov)")
-    warmdown_frac: float = knob(0.5, "the last fraction of the run, over which learning rates fall to zero")
+    matrix_lr: float = knob(0.04, "Muon learning rate of the blocks' matrices", 0)
+    embed_lr: float = knob(0.6, "Adam learning rate of the embedding", 0)
+    head_lr: float = knob(0.008, "Adam learning rate of the output head", 0)
+    tied_embed_lr: float = knob(0.05, "Adam learning rate of the embedding where it is tied to the head", 0)
+    scalar_lr: float = knob(0.04, "Adam learning rate of gains and mixing weights", 0)
+    muon_momentum: float = knob(0.95, "momentum of Muon (Nesterov)", 0, 1)
+    warmdown_frac: float = knob(0.5, "the last fraction of the run, over which learning rates fall to zero", 0, 1)
     # JEPA
-    jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time")
-    jepa_max_span_frac: float = knob(0.5, "longest span over the length of its document fragment (or row)")
-    jepa_start_frac: float = knob(0.0, "fraction of the run after which the term starts; costs a second training graph")
-    jepa_end_frac: float = knob(1.0, "fraction of the run after which it goes off again; below 1 costs a second training graph")
-    jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start")
+    jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time", 0)
+    jepa_max_span_frac: float = knob(0.5, "longest span over the length of its document fragment (or row)", 0, 1)
+    jepa_start_frac: float = knob(0.0, "fraction of the run after which the term starts; costs a second training graph", 0, 1)
+    jepa_end_frac: float = knob(1.0, "fraction of the run after which it goes off again; below 1 costs a second training graph", 0, 1)
+    jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start", 0, 1)
     jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k")
     jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce")
-    jepa_spans: int = knob(1, "spans per row; each costs four gathered states")
+    jepa_spans: int = knob(1, "spans per row; each costs four gathered states", 1)
     jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row")
     # evaluation and logs
-    val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end")
-    eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost")
-    train_log_every: int = knob(20, "steps between train_loss lines")
+    val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end", 0)
+    eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost", 0)
+    train_log_every: int = knob(20, "steps between train_loss lines", 1)
     run_id: str = knob("", "name of the folder in logs/; default: date, time and seed")
     wandb: bool = knob(False, "1: log to Weights & Biases too (WANDB_MODE=offline needs no login)")
     # machine
-    seed: int = knob(1337, "of weights, data order and spans")
+    seed: int = knob(1337, "of weights, data order and spans", 0)
     init_from: str = knob("", "logs/<run>: start from the weights of that run")
     dtype: str = knob("auto", "bfloat16 or float32; auto: bfloat16 where the hardware multiplies it")
     compile: bool = knob(True, "0: no torch.compile; slower, starts at once")
 
     def __post_init__(self):
         """Raise ValueError naming the knob, where a value makes no sense by itself."""
-        for name in ("iterations", "train_batch_tokens", "train_seq_len", "train_log_every", "jepa_spans"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.upper()}={getattr(self, name)}: must be at least 1")
-        for name in ("vocab_size", "val_tokens", "max_wallclock_seconds", "grad_accum_steps", "val_loss_every", "eval_stride",
-                     "jepa_lambda", "target_val_loss", "matrix_lr", "embed_lr", "head_lr", "tied_embed_lr", "scalar_lr"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name.upper()}={getattr(self, name)}: must not be negative")
-        for name in ("jepa_start_frac", "jepa_end_frac", "jepa_warmup_frac", "warmdown_frac", "muon_momentum"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name.upper()}={getattr(self, name)}: must lie in [0, 1]")
-        if not 0 < self.jepa_max_span_frac <= 1:
-            raise ValueError(f"JEPA_MAX_SPAN_FRAC={self.jepa_max_span_frac}: must lie in (0, 1]")
+        for f in dataclasses.fields(self):
+            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
+            if low is not None and not low <= value <= (math.inf if high is None else high):  # not: nan is refused too
+                raise ValueError(f"{f.name.upper()}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+        if self.jepa_max_span_frac == 0:
+            raise ValueError("JEPA_MAX_SPAN_FRAC=0.0: must be above 0")
         if self.jepa_distance not in jepa.DISTANCES:
             raise ValueError(f"JEPA_DISTANCE={self.jepa_distance}: must be one of {', '.join(jepa.DISTANCES)}")
         if self.jepa_lambda and self.train_seq_len < 3:
@@ -297,6 +292,19 @@ class TokenData:
                 yield idx, targets
 
 
+def open_data(cfg, rank=0, world_size=1):
+    """The TokenData of a run; prepares the embedded corpus where DATA_PATH is the default and missing."""
+    if cfg.data_path == EMBEDDED_DATA:
+        cfg.data_path = str(ROOT / EMBEDDED_DATA)
+        if rank == 0 and not Path(cfg.data_path).exists():
+            from data import stdlib
+            print("no data on disk: preparing the embedded corpus, the Python standard library", flush=True)
+            stdlib.main(cfg.data_path, cfg.vocab_size or 2048)
+        if world_size > 1:
+            dist.barrier()
+    return TokenData(cfg, rank, world_size)
+
+
 # -------------------------------------------------------------------------------------------------------- optimizer
 
 
@@ -372,31 +380,26 @@ def build_optimizers(model, cfg):
 
 @dataclass
 class Layout:
-    """Who does what: `rows` of the global batch, of which this rank holds local_rows from first_row on, in micro-batches."""
+    """Who does what: this rank holds local_rows of the global batch's rows, from first_row on, micro_rows at a time."""
     rank: int
     world_size: int
     device: torch.device
     rows: int
+    local_rows: int
+    first_row: int
     micro_rows: int
-
-    @property
-    def local_rows(self):
-        return self.rows // self.world_size
-
-    @property
-    def first_row(self):
-        return self.rank * self.local_rows
 
 
 def divide_batch(cfg, rank, world_size, device):
     """The Layout of a run; ValueError where TRAIN_BATCH_TOKENS doesn't come out even."""
-    rows, rest = divmod(cfg.train_batch_tokens, cfg.train_seq_len)
-    accum = cfg.grad_accum_steps or next(
-        (n for n in range(1, rows + 1) if rows % (n * world_size) == 0 and rows // (n * world_size) * cfg.train_seq_len <= 65_536), 1)
-    if rest or rows % (world_size * accum):
+    T, rows = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
+    fits = (n for n in range(1, rows + 1) if rows % (n * world_size) == 0 and rows * T <= 65_536 * n * world_size)
+    accum = cfg.grad_accum_steps or next(fits, 1)
+    if cfg.train_batch_tokens % (world_size * accum * T):
         raise ValueError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} must be a multiple of ranks x GRAD_ACCUM_STEPS x TRAIN_SEQ_LEN = "
-                         f"{world_size} x {accum} x {cfg.train_seq_len}")
-    return Layout(rank, world_size, device, rows, rows // (world_size * accum))
+                         f"{world_size} x {accum} x {T}")
+    local = rows // world_size
+    return Layout(rank, world_size, device, rows, local, rank * local, local // accum)
 
 
 def training_loss(model, idx, targets, num_targets, jepa_layer=-1, jepa_distance=None, spans=None, jepa_lambda=None):
@@ -562,9 +565,9 @@ class RunLog:
         except FileExistsError:
             raise ValueError(f"RUN_ID={cfg.run_id}: {self.folder} exists and is never overwritten; choose another RUN_ID") from None
         (self.folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-        with open(self.folder / "log.txt", "w") as f:
+        with open(self.folder / "log.txt", "w", encoding="utf-8") as f:
             for name in ("train_gpt.py", "model.py", "jepa.py"):
-                f.write(f"{'=' * 40} {name}\n{(ROOT / name).read_text()}\n")
+                f.write(f"{'=' * 40} {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n")
             f.write(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run\n")
         for name, value in dataclasses.asdict(cfg).items():
             self.line(f"config {name}: {value!r} ({origin[name]})")
@@ -576,11 +579,11 @@ class RunLog:
         """Print a line and append it to log.txt."""
         if self.rank == 0:
             print(text, flush=True)
-            with open(self.folder / "log.txt", "a") as f:
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
                 f.write(text + "\n")
 
     def metrics(self, step, train_time, values):
-        """Write a log line `step:… name:value … train_time:…ms step_avg:…ms`, a line of metrics.jsonl, and to wandb."""
+        """Write a log line `step:.. name:value .. train_time:..ms step_avg:..ms`, a line of metrics.jsonl, and to wandb."""
         if self.rank:
             return
         number, of = step
@@ -616,11 +619,8 @@ class Clock:
     """Training time in s: runs between start and stop, which wait for the device; nothing else is counted."""
 
     def __init__(self, device):
-        self.device, self.passed, self.since = device, 0.0, None
-
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self.passed, self.since = 0.0, None
 
     def start(self):
         self.synchronize()
@@ -692,6 +692,8 @@ def train(model, loss_fn, eval_fn, cfg, data, layout, log):
             clock.stop()
             val_loss, val_bpb = evaluate(model, eval_fn, data, layout)
             log.metrics((step, cfg.iterations), clock.passed, {"val_loss": val_loss, "val_bpb": val_bpb})
+            if not math.isfinite(val_loss):
+                raise ValueError(f"non-finite val_loss at step {step}: lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
             if val_loss <= cfg.target_val_loss:
                 log.line(f"target_val_loss:{cfg.target_val_loss} reached at step {step} after train_time:{1000 * clock.passed:.0f}ms")
                 result["time_to_target"], done = clock.passed, True
@@ -757,7 +759,10 @@ def sample_text(model, data, cfg, tokens=120):
     if data.token_table is None:
         return "no text sample: the tokenizer is unknown"
     generator = torch.Generator().manual_seed(cfg.seed)
-    new = model.generate([[data.doc_token]], tokens, temperature=0.8, top_k=50, stop_token=data.doc_token, generator=generator)[0]
+    try:
+        new = model.generate([[data.doc_token]], tokens, temperature=0.8, top_k=50, stop_token=data.doc_token, generator=generator)[0]
+    except RuntimeError as e:  # a ruined model cannot be sampled from; its result stands all the same
+        return f"no text sample: {e}"
     return b"".join(data.token_table[t] for t in new if t < len(data.token_table)).decode(errors="replace")
 
 
@@ -767,15 +772,7 @@ def run(cfg, origin):
     rank, world_size, device = start_process()
     cfg.run_id = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
     layout = divide_batch(cfg, rank, world_size, device)
-    if cfg.data_path == EMBEDDED_DATA:
-        cfg.data_path = str(ROOT / EMBEDDED_DATA)
-        if rank == 0 and not Path(cfg.data_path).exists():
-            from data import stdlib
-            print("no data on disk: preparing the embedded corpus, the Python standard library", flush=True)
-            stdlib.main(cfg.data_path, cfg.vocab_size or 2048)
-        if world_size > 1:
-            dist.barrier()
-    data = TokenData(cfg, rank, world_size)
+    data = open_data(cfg, rank, world_size)
     model = build_model(cfg, data.vocab_size, device)
     log = RunLog(cfg, origin, rank)
     parameters = sum(p.numel() for p in model.parameters())
@@ -806,9 +803,9 @@ def run(cfg, origin):
                "tokens": result["steps"] * cfg.train_batch_tokens, "parameters": parameters, "peak_memory_bytes": peak,
                "total_seconds": time.perf_counter() - began, "run_id": cfg.run_id, "seed": cfg.seed, "config": dataclasses.asdict(cfg)}
     if rank == 0:
+        (log.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         model.load_state_dict(state)
         log.line(f"{'-' * 40} text sample\n{sample_text(model, data, cfg)}\n{'-' * 40}")
-        (log.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         log.line(f"artifact: {len(artifact):,} bytes of weights + {code_bytes:,} of source = {result['artifact_bytes']:,} "
                  f"({'within' if result['fits_16mb'] else 'over'} 16,000,000)")
         shown = {k: result[k] for k in ("val_loss", "val_bpb", "quantized_val_bpb") if result[k] is not None}

@@ -77,12 +77,12 @@ def main(argv=None):
         raise SystemExit("error: give either --tokenizer or --vocab-size")
     if not 0 < args.val_fraction < 1:
         raise SystemExit(f"error: --val-fraction {args.val_fraction}: must lie between 0 and 1")
-    if Path(args.source).suffix in (".jsonl", ".json"):
-        documents = json_lines(args.source, args.field)
-    elif Path(args.source).is_file():
-        documents = text_file(args.source, args.separator)
-    else:
+    if not Path(args.source).is_file():
         documents = hub_dataset(args.source, args.name, args.split, args.field)
+    elif Path(args.source).suffix in (".jsonl", ".json"):
+        documents = json_lines(args.source, args.field)
+    else:
+        documents = text_file(args.source, args.separator)
     chosen = documents if args.documents is None else lambda: itertools.islice(documents(), args.documents)
     out = prepare(args.out, Path(args.source).stem, chosen, source=args.source, licence=args.licence,
                   val_fraction=args.val_fraction, vocab_size=args.vocab_size, tokenizer=args.tokenizer)
