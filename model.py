@@ -33,8 +33,8 @@ class GPTConfig:
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without a gain: the next matrix can hold one."""
-    return F.rms_norm(x, (x.size(-1),))
+    """RMSNorm over the last dimension, without a gain: the next matrix can hold one. The default eps would differ with the dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
 class Linear(nn.Linear):

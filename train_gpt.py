@@ -9,10 +9,12 @@ import bisect
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -89,7 +91,7 @@ class Config:
     run_id: str = knob("", "name of the folder in logs/; default: date, time and seed")
     wandb: bool = knob(False, "1: log to Weights & Biases too (WANDB_MODE=offline needs no login)")
     # machine
-    seed: int = knob(1337, "of weights, data order and spans", 0)
+    seed: int = knob(1337, "of weights, data order and spans", 0, 2**31)
     init_from: str = knob("", "logs/<run>: start from the weights of that run")
     dtype: str = knob("auto", "bfloat16 or float32; auto: bfloat16 where the hardware multiplies it")
     compile: bool = knob(True, "0: no torch.compile; slower, starts at once")
@@ -100,18 +102,16 @@ class Config:
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
             if low is not None and not low <= value <= (math.inf if high is None else high):  # not: nan is refused too
                 raise ValueError(f"{f.name.upper()}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
-        if self.jepa_max_span_frac == 0:
-            raise ValueError("JEPA_MAX_SPAN_FRAC=0.0: must be above 0")
-        if self.jepa_distance not in jepa.DISTANCES:
-            raise ValueError(f"JEPA_DISTANCE={self.jepa_distance}: must be one of {', '.join(jepa.DISTANCES)}")
-        if self.jepa_lambda and self.train_seq_len < 3:
-            raise ValueError(f"TRAIN_SEQ_LEN={self.train_seq_len}: a span needs rows of at least 3 tokens")
-        if not -1 <= self.jepa_layer < self.num_layers:
-            raise ValueError(f"JEPA_LAYER={self.jepa_layer}: must be -1, or a block from 0 to {self.num_layers - 1}")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"DTYPE={self.dtype}: must be auto, bfloat16 or float32")
-        if self.eval_stride > self.train_seq_len:
-            raise ValueError(f"EVAL_STRIDE={self.eval_stride}: must not exceed TRAIN_SEQ_LEN={self.train_seq_len}")
+        for name, wrong, rule in (
+                ("jepa_max_span_frac", self.jepa_max_span_frac == 0, "must be above 0"),
+                ("jepa_distance", self.jepa_distance not in jepa.DISTANCES, f"must be one of {', '.join(jepa.DISTANCES)}"),
+                ("jepa_layer", not -1 <= self.jepa_layer < self.num_layers, f"must be -1, or a block from 0 to {self.num_layers - 1}"),
+                ("train_seq_len", self.jepa_lambda and self.train_seq_len < 3, "a span needs rows of at least 3 tokens"),
+                ("eval_stride", self.eval_stride > self.train_seq_len, f"must not exceed TRAIN_SEQ_LEN={self.train_seq_len}"),
+                ("dtype", self.dtype not in ("auto", "bfloat16", "float32"), "must be auto, bfloat16 or float32"),
+                ("run_id", not re.fullmatch(r"[\w.-]*", self.run_id), "may hold letters, digits, '_', '.' and '-' only")):
+            if wrong:
+                raise ValueError(f"{name.upper()}={getattr(self, name)}: {rule}")
 
 
 def parse_value(kind, text, where):
@@ -279,12 +279,11 @@ class TokenData:
         where there are so many. Targets are -1 where the window before has scored them, and behind the end.
         """
         T, left = self.cfg.train_seq_len, self.cfg.val_tokens or sum(map(len, self.val))
-        stride = self.cfg.eval_stride or T
         for tokens in self.val:
-            tokens = tokens[:left].astype(np.int64)
+            tokens = tokens[:left]
             left -= len(tokens)
-            for done in range(0, len(tokens) - 1, stride):
-                end = min(done + stride, len(tokens) - 1)
+            for done in range(0, len(tokens) - 1, self.cfg.eval_stride or T):
+                end = min(done + (self.cfg.eval_stride or T), len(tokens) - 1)
                 start = max(0, end - T)
                 idx, targets = np.zeros(T, dtype=np.int64), np.full(T, -1, dtype=np.int64)
                 idx[:end - start] = tokens[start:end]
@@ -443,7 +442,7 @@ def accumulate_gradients(model, loss_fn, cfg, data, layout, step, jepa_lambda):
     weight = None
     if jepa_lambda is not None:
         batch += draw_spans(cfg, data, layout, step, batch[0])
-        weight = torch.tensor(jepa_lambda, device=layout.device)
+        weight = torch.full((), jepa_lambda, device=layout.device)  # a fill: a copy from the host would wait for the GPU
     if layout.device.type == "cuda":
         batch = [t.pin_memory().to(layout.device, non_blocking=True) for t in batch]
     losses = 0
@@ -463,7 +462,8 @@ def apply_gradients(optimizers, progress, cfg):
     if dist.is_initialized():
         for group in adam.param_groups:
             for p in group["params"]:
-                dist.all_reduce(p.grad)
+                if p.grad is not None:  # a single block has no U-Net skips
+                    dist.all_reduce(p.grad)
     warmdown = min(1.0, (1 - progress) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -482,20 +482,25 @@ def row_losses(model, idx, targets):
 
 
 @torch.no_grad()
-def evaluate(model, eval_fn, data, layout):
+def evaluate(model, eval_fn, data, layout, log):
     """(val_loss in nats per token, val_bpb in bits per UTF-8 byte of text or None) over the val split, the same at any rank count."""
-    nats, tokens, text_bytes, batch = 0.0, 0, 0, []
-    windows = list(data.val_windows())
-    mine = windows[layout.rank::layout.world_size]
-    for n in range(0, len(mine), layout.micro_rows):
-        idx, targets = (torch.from_numpy(np.stack(t)) for t in zip(*mine[n:n + layout.micro_rows]))
-        missing = layout.micro_rows - len(idx)  # one shape, one graph
+    total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of text
+    windows = itertools.islice(data.val_windows(), layout.rank, None, layout.world_size)
+    count = -(-min(data.cfg.val_tokens or math.inf, sum(map(len, data.val))) // (data.cfg.eval_stride or data.cfg.train_seq_len))
+    began = said = time.perf_counter()
+    for n in itertools.count(1):
+        batch = list(itertools.islice(windows, layout.micro_rows))
+        if not batch:
+            break
+        idx, targets = (torch.from_numpy(np.stack(t)) for t in zip(*batch))
+        missing = layout.micro_rows - len(batch)  # one shape, one graph
         idx, targets = torch.nn.functional.pad(idx, (0, 0, 0, missing)), torch.nn.functional.pad(targets, (0, 0, 0, missing), value=-1)
-        nats += eval_fn(model, idx.to(layout.device), targets.to(layout.device)).double().sum()
+        nats = eval_fn(model, idx.to(layout.device), targets.to(layout.device)).double().sum()
         scored = targets[targets >= 0].numpy()
-        tokens += len(scored)
-        text_bytes += int(data.bytes_per_token[scored].sum()) if data.bytes_per_token is not None else 0
-    total = torch.tensor([float(nats), tokens, text_bytes], dtype=torch.float64)
+        total += torch.tensor([nats.item(), len(scored), data.bytes_per_token[scored].sum() if data.bytes_per_token is not None else 0])
+        if time.perf_counter() - said > 20:
+            said, part = time.perf_counter(), n * layout.micro_rows * layout.world_size / count
+            log.line(f"evaluating: {part:.0%}, {(said - began) * (1 / part - 1):.0f} s left")
     if layout.world_size > 1:
         dist.all_reduce(total)
     nats, tokens, text_bytes = total.tolist()
@@ -557,7 +562,7 @@ class RunLog:
     """Console, logs/<run_id>/log.txt and metrics.jsonl, and wandb where asked for; silent on all ranks but the first."""
 
     def __init__(self, cfg, origin, rank):
-        self.folder, self.rank, self.wandb = ROOT / "logs" / cfg.run_id, rank, None
+        self.folder, self.iterations, self.rank, self.wandb = ROOT / "logs" / cfg.run_id, cfg.iterations, rank, None
         if rank:
             return
         try:
@@ -586,15 +591,14 @@ class RunLog:
         """Write a log line `step:.. name:value .. train_time:..ms step_avg:..ms`, a line of metrics.jsonl, and to wandb."""
         if self.rank:
             return
-        number, of = step
         ms = 1000 * train_time
         shown = " ".join(f"{k}:{v:.4f}" for k, v in values.items() if v is not None)
-        self.line(f"step:{number}/{of} {shown} train_time:{ms:.0f}ms step_avg:{ms / max(number, 1):.2f}ms")
-        row = {"step": number, **values, "train_time": train_time}
+        self.line(f"step:{step}/{self.iterations} {shown} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
+        row = {"step": step, **values, "train_time": train_time}
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         if self.wandb:
-            self.wandb.log(row, step=number)
+            self.wandb.log(row, step=step)
 
 
 def describe_machine():
@@ -651,8 +655,9 @@ def jepa_schedule(cfg, progress):
 
 
 def needed_graphs(cfg):
-    """The training graphs a run will need, as values of jepa_lambda: None for plain, and the weight with the term."""
-    return {jepa_schedule(cfg, p) and cfg.jepa_lambda for p in (0.0, cfg.jepa_start_frac, cfg.jepa_end_frac) if p < 1}
+    """The training graphs a run will need, as values of jepa_lambda: None for plain, and lambda with the term; in one order on all ranks."""
+    on = {jepa_schedule(cfg, p) is not None for p in (0.0, cfg.jepa_start_frac, cfg.jepa_end_frac) if p < 1}
+    return [cfg.jepa_lambda if term else None for term in sorted(on)]
 
 
 def warm_up(model, loss_fn, cfg, data, layout):
@@ -671,6 +676,8 @@ def train(model, loss_fn, eval_fn, cfg, data, layout, log):
     TARGET_VAL_LOSS, time_to_target. ValueError where the loss is no longer finite."""
     optimizers = build_optimizers(model, cfg)
     clock, step, pending, reported, result = Clock(layout.device), 0, None, 0, {"time_to_target": None}
+    if layout.world_size > 1:
+        dist.barrier()  # all have compiled: the clock is nobody's waiting
     clock.start()
 
     def settle(pending):
@@ -680,7 +687,7 @@ def train(model, loss_fn, eval_fn, cfg, data, layout, log):
         if not all(map(math.isfinite, losses)):
             raise ValueError(f"non-finite loss at step {number} ({losses}): lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
         if number <= 5 or number % cfg.train_log_every == 0:
-            log.metrics((number, cfg.iterations), train_time, dict(zip(("train_loss", "jepa_loss"), losses)))
+            log.metrics(number, train_time, dict(zip(("train_loss", "jepa_loss"), losses)))
 
     while True:
         progress = run_progress(cfg, step, clock, layout)
@@ -690,8 +697,8 @@ def train(model, loss_fn, eval_fn, cfg, data, layout, log):
                 settle(pending)
                 pending = None
             clock.stop()
-            val_loss, val_bpb = evaluate(model, eval_fn, data, layout)
-            log.metrics((step, cfg.iterations), clock.passed, {"val_loss": val_loss, "val_bpb": val_bpb})
+            val_loss, val_bpb = evaluate(model, eval_fn, data, layout, log)
+            log.metrics(step, clock.passed, {"val_loss": val_loss, "val_bpb": val_bpb})
             if not math.isfinite(val_loss):
                 raise ValueError(f"non-finite val_loss at step {step}: lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
             if val_loss <= cfg.target_val_loss:
@@ -795,7 +802,7 @@ def run(cfg, origin):
         (log.folder / "model.safetensors").write_bytes(to_safetensors(state))
         (log.folder / "model.int8.zlib").write_bytes(artifact)
     model.load_state_dict(dequantize(artifact))
-    quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, layout)
+    quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, layout, log)
     code_bytes = sum(len((ROOT / name).read_bytes()) for name in ("train_gpt.py", "model.py", "jepa.py"))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result |= {"quantized_val_loss": quantized_val_loss, "quantized_val_bpb": quantized_val_bpb,

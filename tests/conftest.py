@@ -56,7 +56,7 @@ class MemoryLog:
         self.lines.append(text)
 
     def metrics(self, step, train_time, values):
-        self.rows.append((step[0], values))
+        self.rows.append((step, values))
 
     def curve(self, name):
         return [values[name] for _, values in self.rows if name in values]

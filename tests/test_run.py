@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import train_gpt
-from conftest import ROOT, make_config, result_of, run_cli
+from conftest import ROOT, MemoryLog, make_config, result_of, run_cli
 from train_gpt import dequantize, from_safetensors, quantize, to_safetensors
 
 TRAIN_LINE = re.compile(r"^step:(\d+)/8 train_loss:(\d+\.\d{4})( jepa_loss:(\d+\.\d{4}))? train_time:\d+ms step_avg:\d+\.\d\dms$")
@@ -155,7 +155,7 @@ def test_generated_artifact_evaluates_as_reported(data_path, run_id):
     model = train_gpt.build_model(cfg, data.vocab_size, layout.device)
     for file, read, key in (("model.safetensors", from_safetensors, "val_loss"), ("model.int8.zlib", dequantize, "quantized_val_loss")):
         model.load_state_dict(read((ROOT / "logs" / run_id / file).read_bytes()))
-        loss, bpb = train_gpt.evaluate(model, train_gpt.row_losses, data, layout)
+        loss, bpb = train_gpt.evaluate(model, train_gpt.row_losses, data, layout, MemoryLog())
         assert loss == pytest.approx(result[key], rel=1e-6)
     assert np.isclose(bpb, result["quantized_val_bpb"]) and not math.isclose(result["val_loss"], result["quantized_val_loss"], rel_tol=1e-9)
     shutil.rmtree(ROOT / "logs" / run_id)

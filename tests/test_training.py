@@ -66,10 +66,10 @@ def test_with_the_term_there_is_exactly_one_more_graph_however_spans_and_weight_
 
 def test_needed_graphs():
     graphs = lambda **k: train_gpt.needed_graphs(train_gpt.Config(**k))
-    assert graphs() == {None}
-    assert graphs(jepa_lambda=0.1) == {0.1}
-    assert graphs(jepa_lambda=0.1, jepa_start_frac=0.5) == graphs(jepa_lambda=0.1, jepa_end_frac=0.5) == {None, 0.1}
-    assert graphs(jepa_lambda=0.1, jepa_start_frac=0.5, jepa_end_frac=0.5) == {None}
+    assert graphs() == [None]
+    assert graphs(jepa_lambda=0.1) == graphs(jepa_lambda=0.1, jepa_warmup_frac=0.5) == [0.1]
+    assert graphs(jepa_lambda=0.1, jepa_start_frac=0.5) == graphs(jepa_lambda=0.1, jepa_end_frac=0.5) == [None, 0.1]
+    assert graphs(jepa_lambda=0.1, jepa_start_frac=0.5, jepa_end_frac=0.5) == [None]
 
 
 def test_off_is_bit_identical_whatever_the_other_knobs_say(data_path):
