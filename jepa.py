@@ -77,14 +77,15 @@ def span_views(h, a, b, start=None, end=None):
     return (before - first) + (final - last), last - before
 
 
-def unit(u):
-    """u (..., D) divided by its length; a vector of length zero stays zero and gets no gradient.
+def unit(u, partner):
+    """u (..., D) divided by its length, or zero, without a gradient, where it is under a thousandth of its partner's.
 
-    Such vectors are common at the start, where a state is its token's embedding and a span may begin behind the very
-    token it ends with; F.cosine_similarity would send a gradient of 1/eps through them.
+    Such a vector is the rounding error of two equal states (a token's embedding before the first step, a repeated token
+    later): its direction is noise, and the gradient of its cosine, 1 / length, would drown every other one.
     """
     squares = u.square().sum(-1, keepdim=True)
-    return u * torch.rsqrt(torch.where(squares > 0, squares, torch.inf))
+    counts = squares > 1e-6 * partner.square().sum(-1, keepdim=True)
+    return u * torch.rsqrt(torch.where(counts, squares, torch.inf))
 
 
 def distance(u, v, kind, weight=None):
@@ -94,18 +95,18 @@ def distance(u, v, kind, weight=None):
     among all v given u_i (cosines / 0.07; its negatives are the pairs of this call, that is of one micro-batch on one
     rank, so unlike the others it depends on GRAD_ACCUM_STEPS and the number of ranks).
     weight (...): the sum over pairs of weight * distance, pairs of weight 0 being no negatives either; default: the mean.
-    A vector of length zero has no direction: its cosine counts as 0 and gets no gradient.
+    A vector under a thousandth of its partner's length has no direction: its cosine counts as 0 and gets no gradient.
     """
     with torch.autocast(u.device.type, enabled=False):
         u, v = u.float().flatten(0, -2), v.float().flatten(0, -2)
         if kind == "cosine":
-            d = 1 - (unit(u) * unit(v)).sum(-1)
+            d = 1 - (unit(u, v) * unit(v, u)).sum(-1)
         elif kind == "l2":
             d = torch.linalg.vector_norm(u - v, dim=-1)
         elif kind == "mse":
             d = (u - v).square().mean(-1)
         elif kind == "infonce":
-            cosines = unit(u) @ unit(v).T
+            cosines = unit(u, v) @ unit(v, u).T
             if weight is not None:
                 absent = (weight.flatten() == 0) & ~torch.eye(len(u), dtype=torch.bool, device=u.device)
                 cosines = cosines.masked_fill(absent, -torch.inf)

@@ -8,7 +8,6 @@ import argparse
 import bisect
 import dataclasses
 import difflib
-import hashlib
 import itertools
 import json
 import math
@@ -30,6 +29,7 @@ import torch.distributed as dist
 import yaml
 
 import jepa
+from data.shards import META_KEYS, read_shard, token_table
 from model import GPT, GPTConfig, Linear
 
 ROOT = Path(__file__).resolve().parent
@@ -177,26 +177,6 @@ def load_config(argv, environ):
 # ------------------------------------------------------------------------------------------------------------- data
 
 
-def read_shard(path, vocab_size=None, sha256=None):
-    """The tokens of an llm.c shard as a uint16 memmap; ValueError names the file and what is wrong with it."""
-    header = np.fromfile(path, dtype="<i4", count=256)
-    if len(header) < 256 or header[0] != 20240520:
-        raise ValueError(f"{path}: not a token shard (its first number is not 20240520); make shards with a script in data/")
-    if header[1] != 1:
-        raise ValueError(f"{path}: shard version {header[1]}, only version 1 is known; make it again with a script in data/")
-    expected, size = 1024 + 2 * int(header[2]), os.path.getsize(path)
-    if size != expected:
-        raise ValueError(f"{path}: {size} bytes, but its header promises {expected}; it was cut off: fetch or make it again")
-    if sha256 is not None:
-        with open(path, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                raise ValueError(f"{path}: its sha256 is not the one in meta.json; fetch or make it again")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=1024)
-    if vocab_size is not None and len(tokens) and tokens.max() >= vocab_size:
-        raise ValueError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab_size}; set VOCAB_SIZE or the right TOKENIZER")
-    return tokens
-
-
 class TokenData:
     """The shards of DATA_PATH: training rows in a seeded order, the val split, and what is known of the tokens.
 
@@ -214,6 +194,8 @@ class TokenData:
             self.meta = json.loads(meta_file.read_text()) if meta_file.exists() else None
         except ValueError as e:
             raise ValueError(f"{meta_file}: not valid JSON ({e}); make the data again") from None
+        if self.meta is not None and not (isinstance(self.meta, dict) and META_KEYS <= self.meta.keys()):
+            raise ValueError(f"{meta_file}: not a meta.json of data/ (it has {', '.join(sorted(META_KEYS))}); remove it, or make the data again")
         self.bytes_per_token, self.token_table, self.doc_token, self.no_bpb = None, None, cfg.doc_token, None
         self.load_vocabulary()
         files = {split: sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
@@ -238,7 +220,6 @@ class TokenData:
 
     def load_vocabulary(self):
         """Vocabulary size, document marker, bytes per token and the tokens' bytes, from meta.json or TOKENIZER."""
-        from data.shards import token_table
         tokenizer = self.cfg.tokenizer
         if self.meta:
             tokenizer = str(self.folder / self.meta["tokenizer"]["file"])

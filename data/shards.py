@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+META_KEYS = {"tokenizer", "vocab_size", "doc_token", "source", "licence", "shards", "bytes_per_token"}
 SHARD_TOKENS = 100_000_000  # as the FineWeb shards of modded-nanogpt: 200 MB a file
 # How text is cut before BPE: GPT-4's pattern with runs of at most two digits (as nanochat), which suits small vocabularies.
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
@@ -45,6 +46,26 @@ def write_shard(path, tokens):
         f.write(header.tobytes())
         f.write(np.asarray(tokens, dtype="<u2").tobytes())
     os.replace(part, path)
+
+
+def read_shard(path, vocab_size=None, sha256=None):
+    """The tokens of an llm.c shard as a uint16 memmap; ValueError names the file and what is wrong with it."""
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    if len(header) < HEADER_INTS or header[0] != MAGIC:
+        raise ValueError(f"{path}: not a token shard (its first number is not {MAGIC}); make shards with a script in data/")
+    if header[1] != VERSION:
+        raise ValueError(f"{path}: shard version {header[1]}, only version {VERSION} is known; make it again with a script in data/")
+    expected, size = 4 * HEADER_INTS + 2 * int(header[2]), os.path.getsize(path)
+    if size != expected:
+        raise ValueError(f"{path}: {size} bytes, but its header promises {expected}; it was cut off: fetch or make it again")
+    if header[2] == 0:
+        raise ValueError(f"{path}: holds no tokens; remove it, or make it again")
+    if sha256 is not None and sha256_file(path) != sha256:
+        raise ValueError(f"{path}: its sha256 is not the one in meta.json; fetch or make it again")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
+    if vocab_size is not None and tokens.max() >= vocab_size:
+        raise ValueError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab_size}; set VOCAB_SIZE or the right TOKENIZER")
+    return tokens
 
 
 def train_bpe(texts, vocab_size):

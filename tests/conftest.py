@@ -1,6 +1,8 @@
 """Small real data and runs: shards written by data/shards.py, train_gpt.py in a process of its own."""
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,8 +87,7 @@ def run_cli(data_path, *flags, ranks=0, env=None, cwd=ROOT, timeout=300):
 @pytest.fixture
 def run_id(request):
     """A free RUN_ID, whose folder is removed afterwards."""
-    import shutil
-    name = f"test-{os.getpid()}-{request.node.name[:40]}".replace("[", "-").replace("]", "")
+    name = re.sub(r"[^\w.-]", "-", f"test-{os.getpid()}-{request.node.name[:40]}")
     yield name
     for folder in (ROOT / "logs").glob(f"{name}*"):
         shutil.rmtree(folder)

@@ -14,9 +14,8 @@ import torch
 import train_gpt
 from conftest import MemoryLog, make_config, texts, train_in_process
 from data import fineweb, shards, stdlib, text
-from train_gpt import TokenData, read_shard
-
-SPM = 20240520
+from data.shards import read_shard
+from train_gpt import TokenData
 
 
 def meta_of(folder):
@@ -169,7 +168,7 @@ def corrupt(path, change):
 @pytest.mark.parametrize("change, message", [
     (lambda b: b"\0" + b[1:], "not a token shard"), (lambda b: b[:4] + b"\2" + b[5:], "shard version 2"),
     (lambda b: b[:-2], "it was cut off"), (lambda b: b + b"\0\0", "it was cut off"), (lambda b: b[:100], "not a token shard"),
-    (lambda b: b"", "not a token shard"), (lambda b: b[:-2] + b"\1\1", "sha256")])
+    (lambda b: b"", "not a token shard"), (lambda b: b[:8] + bytes(1016), "holds no tokens"), (lambda b: b[:-2] + b"\1\1", "sha256")])
 def test_damaged_shards_are_named(tmp_path, data_path, change, message):
     shutil.copytree(data_path, tmp_path / "d")
     shard = next((tmp_path / "d").glob("*_train_*.bin"))
@@ -212,6 +211,9 @@ def test_other_bad_data(tmp_path, data_path):
         TokenData(make_config(str(tmp_path / "d")))
     (tmp_path / "d" / "meta.json").write_text("{")
     with pytest.raises(ValueError, match="meta.json: not valid JSON"):
+        TokenData(make_config(str(tmp_path / "d")))
+    (tmp_path / "d" / "meta.json").write_text('{"vocab_size": 300}')
+    with pytest.raises(ValueError, match="meta.json: not a meta.json of data/"):
         TokenData(make_config(str(tmp_path / "d")))
 
 

@@ -122,7 +122,9 @@ def test_losses_and_gradients_of_a_step_match_one_written_out(data_path, layer, 
                 i, j, p, q = (t[row, s] for t in (a, b, start, end))
                 context, patch = (h[row, i - 1] - h[row, p]) + (h[row, q] - h[row, j]), h[row, j] - h[row, i - 1]
                 difference = context - patch
-                distances.append({"cosine": 1 - torch.nn.functional.cosine_similarity(context, patch, dim=0), "l2": difference.norm(),
+                lengths = sorted((context.norm().item(), patch.norm().item()))
+                cosine = torch.nn.functional.cosine_similarity(context, patch, dim=0) if lengths[0] > 1e-3 * lengths[1] else torch.tensor(0.0)
+                distances.append({"cosine": 1 - cosine, "l2": difference.norm(),
                                   "mse": difference.square().mean()}[distance])
     term = torch.stack(distances).mean()
     (ce + 0.7 * term).backward()
