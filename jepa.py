@@ -77,36 +77,39 @@ def span_views(h, a, b, start=None, end=None):
     return (before - first) + (final - last), last - before
 
 
-def unit(u, partner):
-    """u (..., D) divided by its length, or zero, without a gradient, where it is under a thousandth of its partner's.
+def noise_floor(h, at):
+    """The length (B, S) under which a difference of states is rounding error: a thousandth of that of h (B, T, D) at `at` (B, S)."""
+    return 1e-3 * h.detach().gather(1, at[..., None].expand(-1, -1, h.size(2))).float().norm(dim=-1)
 
-    Such a vector is the rounding error of two equal states (a token's embedding before the first step, a repeated token
-    later): its direction is noise, and the gradient of its cosine, 1 / length, would drown every other one.
-    """
+
+def unit(u, floor):
+    """u (N, D) divided by its length, or zero, without a gradient, where that is not above floor (N, 1)."""
     squares = u.square().sum(-1, keepdim=True)
-    counts = squares > 1e-6 * partner.square().sum(-1, keepdim=True)
-    return u * torch.rsqrt(torch.where(counts, squares, torch.inf))
+    return u * torch.rsqrt(torch.where(squares > floor**2, squares, torch.inf))
 
 
-def distance(u, v, kind, weight=None):
+def distance(u, v, kind, weight=None, floor=None):
     """How far views u are from v, both (..., D), in float32 whatever the autocast; a scalar.
 
     kind: cosine 1 - cos; l2 the norm of the difference; mse its mean square; infonce the cross entropy of finding v_i
     among all v given u_i (cosines / 0.07; its negatives are the pairs of this call, that is of one micro-batch on one
     rank, so unlike the others it depends on GRAD_ACCUM_STEPS and the number of ranks).
     weight (...): the sum over pairs of weight * distance, pairs of weight 0 being no negatives either; default: the mean.
-    A vector under a thousandth of its partner's length has no direction: its cosine counts as 0 and gets no gradient.
+    floor (...), default 0: a vector no longer than this has no direction, its cosines count as 0 and get no gradient.
+    Differences of equal states need that (before the first step a state is its token's embedding; later, repeated
+    tokens): their direction is rounding noise, and the gradient of a cosine, 1 / length, would drown every other one.
     """
     with torch.autocast(u.device.type, enabled=False):
         u, v = u.float().flatten(0, -2), v.float().flatten(0, -2)
+        floor = u.new_zeros(len(u), 1) if floor is None else floor.flatten()[:, None]
         if kind == "cosine":
-            d = 1 - (unit(u, v) * unit(v, u)).sum(-1)
+            d = 1 - (unit(u, floor) * unit(v, floor)).sum(-1)
         elif kind == "l2":
             d = torch.linalg.vector_norm(u - v, dim=-1)
         elif kind == "mse":
             d = (u - v).square().mean(-1)
         elif kind == "infonce":
-            cosines = unit(u, v) @ unit(v, u).T
+            cosines = unit(u, floor) @ unit(v, floor).T
             if weight is not None:
                 absent = (weight.flatten() == 0) & ~torch.eye(len(u), dtype=torch.bool, device=u.device)
                 cosines = cosines.masked_fill(absent, -torch.inf)

@@ -19,6 +19,7 @@ class GPTConfig:
     num_kv_heads: int
     mlp_mult: int
     tie_embeddings: bool = False
+    value_embed: bool = True
     logit_softcap: float = 30.0
     rope_base: float = 10_000.0
     dtype: torch.dtype = torch.float32  # of activations and matmuls; weights are kept in float32
@@ -86,9 +87,11 @@ class Attention(nn.Module):
         self.proj = Linear(c.model_dim, c.model_dim, 0)  # zero: every block begins as the identity
         self.q_gain = nn.Parameter(torch.full((c.num_heads, 1), 1.5))  # QK-norm fixes the length of q and k; this sets how sharp a head is
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, v_token, rope, mask, cache):
         B, T, D = x.shape
         q, k, v = (project(x).view(B, T, -1, self.head_dim) for project in (self.q, self.k, self.v))
+        if v_token is not None:
+            v = v + v_token.view_as(v)
         q = rotate(norm(q), *rope) * self.q_gain.to(x.dtype)
         k = rotate(norm(k), *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, K)
@@ -106,10 +109,10 @@ class Block(nn.Module):
         self.proj = Linear(c.mlp_mult * c.model_dim, c.model_dim, 0)
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of the stream and of the embedding on entry
 
-    def forward(self, x, x0, rope, mask, cache):
+    def forward(self, x, x0, v_token, rope, mask, cache):
         mix = self.mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(norm(x), rope, mask, cache)
+        x = x + self.attn(norm(x), v_token, rope, mask, cache)
         return x + self.proj(F.relu(self.fc(norm(x))).square())  # relu^2: arXiv 2109.08668
 
 
@@ -121,6 +124,10 @@ class GPT(nn.Module):
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.model_dim)
         nn.init.normal_(self.embed.weight, std=0.005 if c.tie_embeddings else 1.0)
+        # What a token says of itself to whoever attends to it, added to the values of every block (as modded-nanogpt's value embeddings)
+        self.value_embed = nn.Embedding(c.vocab_size, c.num_kv_heads * c.model_dim // c.num_heads) if c.value_embed else None
+        if c.value_embed:
+            nn.init.zeros_(self.value_embed.weight)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
         self.skips = nn.Parameter(torch.ones(c.num_layers // 2))  # U-Net: block i adds its output to the input of block L-1-i
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, 0)
@@ -147,12 +154,13 @@ class GPT(nn.Module):
             keys = torch.arange(past + idx.size(1), device=idx.device)
             mask = (keys <= keys[past:, None])[None, None]
         rope = self._rope(positions)
+        v_token = None if self.value_embed is None else self.value_embed(idx).to(self.config.dtype)
         x = x0 = norm(self.embed(idx).to(self.config.dtype))
         skips, tapped, half = [], None, self.config.num_layers // 2
         for layer, block in enumerate(self.blocks):
             if layer >= self.config.num_layers - half:
                 x = x + self.skips[layer - self.config.num_layers].to(x.dtype) * skips.pop()
-            x = block(x, x0, rope, mask, cache)
+            x = block(x, x0, v_token, rope, mask, cache)
             if layer < half:
                 skips.append(x)
             if layer == tap:

@@ -66,9 +66,10 @@ class Config:
     num_kv_heads: int = knob(4, "key/value heads, shared by num_heads / num_kv_heads query heads each")
     mlp_mult: int = knob(4, "width of the MLP over model_dim")
     tie_embeddings: bool = knob(False, "1: the output head is the embedding; saves vocab_size x model_dim parameters")
+    value_embed: bool = knob(True, "1: the values of every block add a second embedding of the token; vocab_size x key/value width parameters, no time")
     # optimizer
     matrix_lr: float = knob(0.04, "Muon learning rate of the blocks' matrices", 0)
-    embed_lr: float = knob(0.6, "Adam learning rate of the embedding", 0)
+    embed_lr: float = knob(0.6, "Adam learning rate of the embeddings", 0)
     head_lr: float = knob(0.008, "Adam learning rate of the output head", 0)
     tied_embed_lr: float = knob(0.05, "Adam learning rate of the embedding where it is tied to the head", 0)
     scalar_lr: float = knob(0.04, "Adam learning rate of gains and mixing weights", 0)
@@ -328,30 +329,29 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(grad)
                 momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp_(momentum, group["momentum"]).to(self.dtype)  # Nesterov
+                share = -(-len(params) // world_size)  # matrices a rank; the last ranks may have only padding
+                update = torch.nn.functional.pad(update, (0, 0, 0, 0, 0, share * world_size - len(params)))
+                mine = orthogonalize(update[rank * share:(rank + 1) * share])
                 if world_size > 1:
-                    share = -(-len(params) // world_size)
-                    mine = update.new_zeros(share, *update.shape[1:])
-                    part = update[rank * share:(rank + 1) * share]
-                    mine[:len(part)] = part
-                    update = update.new_empty(share * world_size, *update.shape[1:])
-                    dist.all_gather_into_tensor(update, orthogonalize(mine))
+                    dist.all_gather_into_tensor(update, mine.contiguous())
                 else:
-                    update = orthogonalize(update)
-                # the update's root mean square is the same for every shape
-                scale = max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
-                torch._foreach_add_(params, list(update[:len(params)].to(params[0].dtype).unbind()), alpha=-group["lr"] * scale)
+                    update = mine
+                scale = max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5  # root mean square 1 / sqrt(fan-in) at every shape
+                torch._foreach_add_(params, list(update[:len(params)].float().unbind()), alpha=-group["lr"] * scale)
 
 
 def build_optimizers(model, cfg):
     """[Muon for the blocks' matrices, Adam for the rest]; every parameter of the model is in exactly one group."""
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
-    embeds = [model.embed.weight]
-    heads = [] if model.head is None else [model.head.weight]
-    taken = set(map(id, matrices + embeds + heads))
+    embeds, heads, values = ([] if m is None else [m.weight] for m in (model.embed, model.head, model.value_embed))
+    taken = set(map(id, matrices + embeds + heads + values))
     scalars = [p for p in model.parameters() if id(p) not in taken]
-    groups = [dict(params=params, lr=lr, initial_lr=lr) for params, lr in (
-        (embeds, cfg.embed_lr if heads else cfg.tied_embed_lr), (heads, cfg.head_lr), (scalars, cfg.scalar_lr)) if params]
-    adam = torch.optim.Adam(groups, betas=(0.8, 0.95), eps=1e-10, fused=True)
+    # Rare tokens have tiny gradients, hence an eps of 1e-10 (modded-nanogpt). Where the gradient of a gain is zero but for
+    # rounding (a cosine doesn't change with the length of the states), that eps would turn the noise into full steps.
+    groups = [dict(params=params, lr=lr, initial_lr=lr, eps=eps) for params, lr, eps in (
+        (embeds, cfg.embed_lr if heads else cfg.tied_embed_lr, 1e-10), (values, cfg.embed_lr, 1e-10), (heads, cfg.head_lr, 1e-10),
+        (scalars, cfg.scalar_lr, 1e-6)) if params]
+    adam = torch.optim.Adam(groups, betas=(0.8, 0.95), fused=True)
     return [Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, model.config.dtype), adam]
 
 
@@ -394,7 +394,7 @@ def training_loss(model, idx, targets, num_targets, jepa_layer=-1, jepa_distance
     if spans is None:
         return (ce,)
     a, b, start, end, weight = spans
-    term = jepa.distance(*jepa.span_views(h, a, b, start, end), jepa_distance, weight)
+    term = jepa.distance(*jepa.span_views(h, a, b, start, end), jepa_distance, weight, jepa.noise_floor(h, b))
     return ce + jepa_lambda * term, ce.detach(), term.detach()
 
 
@@ -728,7 +728,7 @@ def build_model(cfg, vocab_size, device):
     """The GPT of this config on the device, seeded, or with the weights of INIT_FROM; ValueError where they don't fit."""
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult,
-                          cfg.tie_embeddings, dtype=choose_dtype(cfg.dtype, device))).to(device)
+                          cfg.tie_embeddings, cfg.value_embed, dtype=choose_dtype(cfg.dtype, device))).to(device)
     if cfg.init_from:
         path = Path(cfg.init_from) / "model.safetensors"
         if not path.is_file():

@@ -126,7 +126,7 @@ def test_cpu_stdlib_is_the_default():
 
 def test_golf_fits_its_artifact_without_any_compression():
     cfg, _, _ = load_config([f"--config={train_gpt.ROOT / 'configs/golf_16mb.yaml'}"], {})
-    model = GPT(GPTConfig(2048, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult, cfg.tie_embeddings))
+    model = GPT(GPTConfig(cfg.vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult, cfg.tie_embeddings, cfg.value_embed))
     source = sum((train_gpt.ROOT / name).stat().st_size for name in ("train_gpt.py", "model.py", "jepa.py"))
     assert len(zlib.decompress(train_gpt.quantize(model.state_dict()))) + source <= 16_000_000
 

@@ -43,6 +43,8 @@ def naive_forward(model, idx):
             q = block.attn.q_gain[head] * turn(norm(y @ block.attn.q.weight[head * K:(head + 1) * K].T))
             g = head // group
             k, v = (y @ w.weight[g * K:(g + 1) * K].T for w in (block.attn.k, block.attn.v))
+            if model.value_embed is not None:
+                v = v + model.value_embed.weight[idx][..., g * K:(g + 1) * K]
             scores = q @ turn(norm(k)).mT / K**0.5
             heads.append(scores.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ block.attn.proj.weight.T
@@ -51,9 +53,9 @@ def naive_forward(model, idx):
     return streams
 
 
-@pytest.mark.parametrize("layers", [1, 3, 4])
-def test_kernel_and_every_tap_match_the_network_written_out(layers):
-    model, idx = small_gpt(num_layers=layers), torch.randint(0, 50, (2, 11))
+@pytest.mark.parametrize("layers, value_embed", [(1, True), (3, True), (4, False)])
+def test_kernel_and_every_tap_match_the_network_written_out(layers, value_embed):
+    model, idx = small_gpt(num_layers=layers, value_embed=value_embed), torch.randint(0, 50, (2, 11))
     streams = naive_forward(model, idx)
     for tap, stream in [*enumerate(streams), (-1, streams[-1])]:
         x, tapped = model._run_blocks(idx, tap)
