@@ -60,11 +60,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each variant (default: 20)")
     own, rest = parser.parse_known_args()
     try:
-        cfg, _, _ = train_gpt.load_config(rest, os.environ)
+        cfg, _, warnings = train_gpt.load_config(rest, os.environ)
+        print(*warnings, sep="\n", end="\n" if warnings else "")
         rank, world_size, device = train_gpt.start_process()
         cfg.jepa_lambda = cfg.jepa_lambda or 0.1
         layout = train_gpt.divide_batch(cfg, rank, world_size, device)
-        data = train_gpt.open_data(cfg, rank, world_size)
+        data = train_gpt.open_data(cfg)
         model = train_gpt.build_model(cfg, data.vocab_size, device)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None

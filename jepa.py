@@ -53,7 +53,7 @@ def sample_spans(idx, generator, *, spans, max_span_frac, doc_token=None, total_
     pick = torch.searchsorted(ordinal, (uniform[..., 0] * count).long() + 1).clamp(max=T - 1)
     start, end = first.gather(1, pick), last.gather(1, pick)
     L = end - start + 1
-    longest = torch.minimum((max_span_frac * L).long().clamp(min=1), L - 2).clamp(min=1)
+    longest = torch.minimum((max_span_frac * L.double()).long().clamp(min=1), L - 2).clamp(min=1)
     length = 1 + (uniform[..., 1] * longest).long()
     a = start + 1 + (uniform[..., 2] * (L - length)).long()  # a may be start + 1 .. end - length + 1: L - length places
     weight = (count > 0).expand(B, spans).float()
@@ -78,8 +78,10 @@ def span_views(h, a, b, start=None, end=None):
 
 
 def noise_floor(h, at):
-    """The length (B, S) under which a difference of states is rounding error: a thousandth of that of h (B, T, D) at `at` (B, S)."""
-    return 1e-3 * h.detach().gather(1, at[..., None].expand(-1, -1, h.size(2))).float().norm(dim=-1)
+    """The length (B, S) under which a difference of states is rounding error: of that of h (B, T, D) at `at` (B, S), a
+    thousandth, in bfloat16 (which rounds each number by up to 1/256) a 256th."""
+    share = max(1e-3, torch.finfo(h.dtype).eps / 2)
+    return share * h.detach().gather(1, at[..., None].expand(-1, -1, h.size(2))).float().norm(dim=-1)
 
 
 def unit(u, floor):

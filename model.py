@@ -129,7 +129,6 @@ class GPT(nn.Module):
         if c.value_embed:
             nn.init.zeros_(self.value_embed.weight)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
-        self.skips = nn.Parameter(torch.ones(c.num_layers // 2))  # U-Net: block i adds its output to the input of block L-1-i
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, 0)
 
     def check_tap(self, tap):
@@ -156,13 +155,9 @@ class GPT(nn.Module):
         rope = self._rope(positions)
         v_token = None if self.value_embed is None else self.value_embed(idx).to(self.config.dtype)
         x = x0 = norm(self.embed(idx).to(self.config.dtype))
-        skips, tapped, half = [], None, self.config.num_layers // 2
+        tapped = None
         for layer, block in enumerate(self.blocks):
-            if layer >= self.config.num_layers - half:
-                x = x + self.skips[layer - self.config.num_layers].to(x.dtype) * skips.pop()
             x = block(x, x0, v_token, rope, mask, cache)
-            if layer < half:
-                skips.append(x)
             if layer == tap:
                 tapped = x
         if cache is not None:

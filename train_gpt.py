@@ -18,7 +18,6 @@ import resource
 import subprocess
 import sys
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,11 +28,13 @@ import torch.distributed as dist
 import yaml
 
 import jepa
-from data.shards import META_KEYS, read_shard, token_table
+from data.shards import META_KEYS, check_shard, read_shard, token_table
 from model import GPT, GPTConfig, Linear
+from weights import dequantize, load_weights, quantize, to_safetensors
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED_DATA = "data/stdlib"
+SOURCES = ("train_gpt.py", "model.py", "jepa.py", "weights.py", "data/shards.py")  # logged, and counted in the artifact
 
 # ----------------------------------------------------------------------------------------------------------- config
 
@@ -101,12 +102,16 @@ class Config:
         """Raise ValueError naming the knob, where a value makes no sense by itself."""
         for f in dataclasses.fields(self):
             value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if low is not None and not low <= value <= (math.inf if high is None else high):  # not: nan is refused too
+            if f.type is float and not math.isfinite(value):
+                raise ValueError(f"{f.name.upper()}={value}: must be finite")
+            if low is not None and not low <= value <= (math.inf if high is None else high):
                 raise ValueError(f"{f.name.upper()}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
         for name, wrong, rule in (
                 ("jepa_max_span_frac", self.jepa_max_span_frac == 0, "must be above 0"),
                 ("jepa_distance", self.jepa_distance not in jepa.DISTANCES, f"must be one of {', '.join(jepa.DISTANCES)}"),
                 ("jepa_layer", not -1 <= self.jepa_layer < self.num_layers, f"must be -1, or a block from 0 to {self.num_layers - 1}"),
+                ("jepa_start_frac", self.jepa_lambda and self.jepa_start_frac >= min(1, self.jepa_end_frac),
+                 f"with JEPA_LAMBDA above 0 it must be below JEPA_END_FRAC={self.jepa_end_frac}, or the term never runs"),
                 ("train_seq_len", self.jepa_lambda and self.train_seq_len < 3, "a span needs rows of at least 3 tokens"),
                 ("eval_stride", self.eval_stride > self.train_seq_len, f"must not exceed TRAIN_SEQ_LEN={self.train_seq_len}"),
                 ("dtype", self.dtype not in ("auto", "bfloat16", "float32"), "must be auto, bfloat16 or float32"),
@@ -147,6 +152,9 @@ def load_config(argv, environ):
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings")
     for name, f in fields.items():
         parser.add_argument(f"--{name}", metavar=f.type.__name__.upper(), help=f"{f.metadata['doc']} (default: {f.default!r})".replace("%", "%%"))
+    def refuse(message):
+        raise ValueError(message)
+    parser.error = refuse
     flags, unknown = parser.parse_known_args(argv)
     for flag in unknown:
         raise ValueError(f"unknown argument {flag}{nearest(flag.split('=')[0].lstrip('-'), fields)}")
@@ -181,13 +189,13 @@ def load_config(argv, environ):
 class TokenData:
     """The shards of DATA_PATH: training rows in a seeded order, the val split, and what is known of the tokens.
 
-    Every shard is checked once, the work shared between the ranks. The batch of a step is a function of seed and step
+    This process checks one of `parts` parts of the shards, those of one node share them. The batch of a step is a function of seed and step
     alone, so the loader has no state. An epoch is a permutation of all rows; the tail of a shard that fills no row is
     left out.
     """
 
-    def __init__(self, cfg, rank=0, world_size=1):
-        self.cfg, self.folder = cfg, Path(cfg.data_path)
+    def __init__(self, cfg, folder=None, part=0, parts=1):
+        self.cfg, self.folder = cfg, Path(folder or cfg.data_path)
         if not self.folder.is_dir():
             raise ValueError(f"DATA_PATH={cfg.data_path}: no such folder; make one with a script in data/ (README, Data)")
         meta_file = self.folder / "meta.json"
@@ -197,47 +205,51 @@ class TokenData:
             raise ValueError(f"{meta_file}: not valid JSON ({e}); make the data again") from None
         if self.meta is not None and not (isinstance(self.meta, dict) and META_KEYS <= self.meta.keys()):
             raise ValueError(f"{meta_file}: not a meta.json of data/ (it has {', '.join(sorted(META_KEYS))}); remove it, or make the data again")
-        self.bytes_per_token, self.token_table, self.doc_token, self.no_bpb = None, None, cfg.doc_token, None
-        self.load_vocabulary()
         files = {split: sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
         for split, found in files.items():
             if not found:
                 raise ValueError(f"DATA_PATH={cfg.data_path}: no *_{split}_*.bin in it; make shards with a script in data/ (README, Data)")
+        if both := set(files["train"]) & set(files["val"]):
+            raise ValueError(f"{min(both)}: both *_train_* and *_val_* fit its name; rename it")
         shards = self.meta["shards"] if self.meta else {}
         if self.meta and (odd := {f.name for found in files.values() for f in found} ^ set(shards)):
             raise ValueError(f"{meta_file} and the shards beside it disagree on {', '.join(sorted(odd))}; make the data again")
-        everything = files["train"] + files["val"]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            list(pool.map(lambda f: read_shard(f, self.vocab_size, shards.get(f.name, {}).get("sha256")), everything[rank::world_size]))
         self.train, self.val = ([read_shard(f) for f in files[split]] for split in ("train", "val"))
+
+        mine = [(f, tokens) for split in files for f, tokens in zip(files[split], getattr(self, split))][part::parts]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            largest = list(pool.map(lambda m: check_shard(*m, shards.get(m[0].name, {}).get("sha256")), mine))
+        self.load_vocabulary(max(largest, default=0))
+        for (file, _), token in zip(mine, largest):
+            if token >= self.known_size:
+                raise ValueError(f"{file}: token {token} is outside the vocabulary of {self.known_size}; set VOCAB_SIZE or the right TOKENIZER")
         T = cfg.train_seq_len
-        if sum(map(len, self.val)) < T + 1:
-            raise ValueError(f"the val split of {cfg.data_path} has {sum(map(len, self.val))} tokens, fewer than a row of "
+        self.val_size = min(cfg.val_tokens or math.inf, sum(map(len, self.val)))
+        if self.val_size < T + 1:
+            raise ValueError(f"the val split of {cfg.data_path} has {self.val_size} tokens (VAL_TOKENS={cfg.val_tokens}), fewer than a row of "
                              f"TRAIN_SEQ_LEN={T} and its last target; lower TRAIN_SEQ_LEN or make a larger split")
         self.first_row = np.cumsum([0] + [(len(tokens) - 1) // T for tokens in self.train])  # of each shard; last: all rows
         if not self.first_row[-1]:
             raise ValueError(f"no train shard of {cfg.data_path} holds a row of TRAIN_SEQ_LEN={T} tokens; lower it")
         self.order = (None, None)  # (epoch, its permutation of rows)
 
-    def load_vocabulary(self):
-        """Vocabulary size, document marker, bytes per token and the tokens' bytes, from meta.json or TOKENIZER."""
-        tokenizer = self.cfg.tokenizer
+    def load_vocabulary(self, largest):
+        """Vocabulary size, document marker, bytes per token and the tokens' bytes, from meta.json or TOKENIZER; with
+        neither, the size follows from the largest token, and no_bpb says why there is no val_bpb."""
+        tokenizer = self.folder / self.meta["tokenizer"]["file"] if self.meta else self.cfg.tokenizer
+        self.token_table = token_table(str(tokenizer)) if tokenizer else None
+        self.bytes_per_token = np.array([len(token) for token in self.token_table], dtype=np.int64) if tokenizer else None
+        self.doc_token = self.meta["doc_token"] if self.meta else self.cfg.doc_token
+        self.no_bpb = None if tokenizer else f"{self.folder} has no meta.json and TOKENIZER is not set, so the bytes per token are unknown"
         if self.meta:
-            tokenizer = str(self.folder / self.meta["tokenizer"]["file"])
-            self.doc_token = self.meta["doc_token"]
             self.bytes_per_token = np.array(self.meta["bytes_per_token"], dtype=np.int64)
-        if tokenizer:
-            self.token_table = token_table(tokenizer)
-            if self.bytes_per_token is None:
-                self.bytes_per_token = np.array([len(token) for token in self.token_table], dtype=np.int64)
-        else:
-            self.no_bpb = f"{self.folder} has no meta.json and TOKENIZER is not set, so the bytes per token are unknown"
-        known = self.meta["vocab_size"] if self.meta else len(self.token_table) if self.token_table else 0
+        if dist.is_initialized():  # each rank has seen its part of the shards
+            shared = torch.tensor(largest)
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            largest = shared.item()
+        known = len(self.bytes_per_token) if tokenizer else self.cfg.vocab_size or -(-(largest + 1) // 64) * 64
         self.vocab_size = self.cfg.vocab_size or known
-        if not self.vocab_size:
-            raise ValueError(f"{self.folder} has no meta.json: set VOCAB_SIZE, or TOKENIZER to a tiktoken name or a file of ranks")
-        if self.bytes_per_token is not None:  # ids beyond the tokenizer's never occur
-            self.bytes_per_token = np.pad(self.bytes_per_token, (0, max(0, self.vocab_size - len(self.bytes_per_token))))
+        self.known_size = min(known, self.vocab_size)  # ids from here on never occur
 
     def batch(self, step, rows, first_row, count):
         """Rows first_row.. of the `rows` rows of this step's global batch: idx and targets, int64 CPU tensors (count, T)."""
@@ -260,7 +272,7 @@ class TokenData:
         Rows lie side by side, or advance by EVAL_STRIDE tokens, so that a target sees at least T - EVAL_STRIDE tokens
         where there are so many. Targets are -1 where the window before has scored them, and behind the end.
         """
-        T, left = self.cfg.train_seq_len, self.cfg.val_tokens or sum(map(len, self.val))
+        T, left = self.cfg.train_seq_len, self.val_size
         for tokens in self.val:
             tokens = tokens[:left]
             left -= len(tokens)
@@ -273,17 +285,19 @@ class TokenData:
                 yield idx, targets
 
 
-def open_data(cfg, rank=0, world_size=1):
-    """The TokenData of a run; prepares the embedded corpus where DATA_PATH is the default and missing."""
-    if cfg.data_path == EMBEDDED_DATA:
-        cfg.data_path = str(ROOT / EMBEDDED_DATA)
-        if rank == 0 and not Path(cfg.data_path).exists():
+def open_data(cfg):
+    """The TokenData of a run; prepares the embedded corpus where DATA_PATH is the default and missing, once a node."""
+    folder = ROOT / EMBEDDED_DATA if cfg.data_path == EMBEDDED_DATA else Path(cfg.data_path)
+    rank, local_rank, local_world_size = (int(os.environ.get(name, default)) for name, default in
+                                          (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    for first in (rank == 0, local_rank == 0):  # the nodes may share a disk: then the first rank has done it for all
+        if cfg.data_path == EMBEDDED_DATA and first and not folder.exists():
             from data import stdlib
             print("no data on disk: preparing the embedded corpus, the Python standard library", flush=True)
-            stdlib.main(cfg.data_path, cfg.vocab_size or 2048)
-        if world_size > 1:
+            stdlib.main(folder)
+        if dist.is_initialized():
             dist.barrier()
-    return TokenData(cfg, rank, world_size)
+    return TokenData(cfg, folder, local_rank, local_world_size)
 
 
 # -------------------------------------------------------------------------------------------------------- optimizer
@@ -333,7 +347,8 @@ class Muon(torch.optim.Optimizer):
                 update = torch.nn.functional.pad(update, (0, 0, 0, 0, 0, share * world_size - len(params)))
                 mine = orthogonalize(update[rank * share:(rank + 1) * share])
                 if world_size > 1:
-                    dist.all_gather_into_tensor(update, mine.contiguous())
+                    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name from torch 2.13 on
+                    gather(update, mine.contiguous())
                 else:
                     update = mine
                 scale = max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5  # root mean square 1 / sqrt(fan-in) at every shape
@@ -443,8 +458,7 @@ def apply_gradients(optimizers, progress, cfg):
     if dist.is_initialized():
         for group in adam.param_groups:
             for p in group["params"]:
-                if p.grad is not None:  # a single block has no U-Net skips
-                    dist.all_reduce(p.grad)
+                dist.all_reduce(p.grad)
     warmdown = min(1.0, (1 - progress) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -467,7 +481,7 @@ def evaluate(model, eval_fn, data, layout, log):
     """(val_loss in nats per token, val_bpb in bits per UTF-8 byte of text or None) over the val split, the same at any rank count."""
     total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of text
     windows = itertools.islice(data.val_windows(), layout.rank, None, layout.world_size)
-    count = -(-min(data.cfg.val_tokens or math.inf, sum(map(len, data.val))) // (data.cfg.eval_stride or data.cfg.train_seq_len))
+    count = data.val_size / (data.cfg.eval_stride or data.cfg.train_seq_len)
     began = said = time.perf_counter()
     for n in itertools.count(1):
         batch = list(itertools.islice(windows, layout.micro_rows))
@@ -478,7 +492,8 @@ def evaluate(model, eval_fn, data, layout, log):
         idx, targets = torch.nn.functional.pad(idx, (0, 0, 0, missing)), torch.nn.functional.pad(targets, (0, 0, 0, missing), value=-1)
         nats = eval_fn(model, idx.to(layout.device), targets.to(layout.device)).double().sum()
         scored = targets[targets >= 0].numpy()
-        total += torch.tensor([nats.item(), len(scored), data.bytes_per_token[scored].sum() if data.bytes_per_token is not None else 0])
+        total += torch.tensor([nats.item(), len(scored), data.bytes_per_token[scored].sum() if data.bytes_per_token is not None else 0],
+                              dtype=torch.float64)
         if time.perf_counter() - said > 20:
             said, part = time.perf_counter(), n * layout.micro_rows * layout.world_size / count
             log.line(f"evaluating: {part:.0%}, {(said - began) * (1 / part - 1):.0f} s left")
@@ -486,54 +501,6 @@ def evaluate(model, eval_fn, data, layout, log):
         dist.all_reduce(total)
     nats, tokens, text_bytes = total.tolist()
     return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
-
-
-# --------------------------------------------------------------------------------------------------------- artifact
-
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I8": torch.int8}
-
-
-def to_safetensors(tensors):
-    """The bytes of a safetensors file of {name: tensor}: header length, JSON header, data (huggingface.co/docs/safetensors)."""
-    header, chunks, offset = {}, [], 0
-    for name, tensor in sorted(tensors.items()):
-        chunk = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        kind = next(k for k, v in DTYPES.items() if v == tensor.dtype)
-        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [offset, offset + len(chunk)]}
-        chunks.append(chunk)
-        offset += len(chunk)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *chunks])
-
-
-def from_safetensors(blob):
-    """{name: tensor} of the bytes of a safetensors file."""
-    start = 8 + int.from_bytes(blob[:8], "little")
-    header = json.loads(blob[8:start])
-    header.pop("__metadata__", None)
-    return {name: torch.frombuffer(bytearray(blob[start + e["data_offsets"][0]:start + e["data_offsets"][1]]),
-                                   dtype=DTYPES[e["dtype"]]).view(e["shape"]) for name, e in header.items()}
-
-
-def quantize(state):
-    """The artifact: matrices as int8 with one float16 scale a row, the rest as float16, compressed by zlib."""
-    out = {}
-    for name, w in state.items():
-        if w.dim() == 2 and w.numel() > 1024:
-            scale = (w.abs().amax(1, keepdim=True).float() / 127).clamp(min=2**-24).half()  # the smallest float16 above 0
-            out[name + ".scale"] = scale
-            out[name] = (w.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
-        else:
-            out[name] = w.half()
-    return zlib.compress(to_safetensors(out), 9)
-
-
-def dequantize(blob):
-    """The float32 state dict of an artifact."""
-    stored = from_safetensors(zlib.decompress(blob))
-    return {name: w.float() * stored[name + ".scale"].float() if w.dtype == torch.int8 else w.float()
-            for name, w in stored.items() if not name.endswith(".scale")}
 
 
 # ------------------------------------------------------------------------------------------------------------- logs
@@ -550,9 +517,10 @@ class RunLog:
             self.folder.mkdir(parents=True)
         except FileExistsError:
             raise ValueError(f"RUN_ID={cfg.run_id}: {self.folder} exists and is never overwritten; choose another RUN_ID") from None
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+        settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "run_id"}  # to be used again
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         with open(self.folder / "log.txt", "w", encoding="utf-8") as f:
-            for name in ("train_gpt.py", "model.py", "jepa.py"):
+            for name in SOURCES:
                 f.write(f"{'=' * 40} {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n")
             f.write(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run\n")
         for name, value in dataclasses.asdict(cfg).items():
@@ -561,12 +529,17 @@ class RunLog:
             import wandb
             self.wandb = wandb.init(project="nanojepa", name=cfg.run_id, config=dataclasses.asdict(cfg), dir=str(self.folder))
 
+    def note(self, text):
+        """Append a line to log.txt."""
+        if self.rank == 0:
+            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
+                f.write(text + "\n")
+
     def line(self, text):
         """Print a line and append it to log.txt."""
         if self.rank == 0:
             print(text, flush=True)
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-                f.write(text + "\n")
+            self.note(text)
 
     def metrics(self, step, train_time, values):
         """Write a log line `step:.. name:value .. train_time:..ms step_avg:..ms`, a line of metrics.jsonl, and to wandb."""
@@ -645,11 +618,13 @@ def warm_up(model, loss_fn, cfg, data, layout):
     """Compile every graph of the training step and load the kernels, then put the weights back. The loader and the span
     generator have no state; the optimizers used here are thrown away."""
     before = {name: w.clone() for name, w in model.state_dict().items()}
-    for weight in needed_graphs(cfg):
-        optimizers = build_optimizers(model, cfg)
-        accumulate_gradients(model, loss_fn, cfg, data, layout, 0, weight)
-        apply_gradients(optimizers, 0.0, cfg)
-    model.load_state_dict(before)
+    try:
+        for weight in needed_graphs(cfg):
+            accumulate_gradients(model, loss_fn, cfg, data, layout, 0, weight)
+            apply_gradients(build_optimizers(model, cfg), 0.0, cfg)
+    finally:
+        model.load_state_dict(before)
+        model.zero_grad()
 
 
 def train(model, loss_fn, eval_fn, cfg, data, layout, log):
@@ -663,7 +638,9 @@ def train(model, loss_fn, eval_fn, cfg, data, layout, log):
 
     def settle(pending):
         """Log the losses of the step before: reading them one step late keeps the device busy."""
-        number, losses, train_time = pending
+        number, losses, copied, train_time = pending
+        if copied is not None:
+            copied.synchronize()
         losses = losses.tolist()
         if not all(map(math.isfinite, losses)):
             raise ValueError(f"non-finite loss at step {number} ({losses}): lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
@@ -688,12 +665,16 @@ def train(model, loss_fn, eval_fn, cfg, data, layout, log):
             if done:
                 return result | {"steps": step, "train_seconds": clock.passed, "val_loss": val_loss, "val_bpb": val_bpb}
             clock.start()
-        losses = accumulate_gradients(model, loss_fn, cfg, data, layout, step, jepa_schedule(cfg, progress))
+        losses, copied = accumulate_gradients(model, loss_fn, cfg, data, layout, step, jepa_schedule(cfg, progress)), None
+        if layout.device.type == "cuda":
+            losses = torch.empty(losses.shape, pin_memory=True).copy_(losses, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
         apply_gradients(optimizers, progress, cfg)
         step += 1
         if pending:
             settle(pending)
-        pending = step, losses, clock.now()
+        pending = step, losses, copied, clock.now()
         if int(10 * progress) > reported:
             reported = int(10 * progress)
             log.line(f"progress: {progress:.0%}, {clock.now() / progress * (1 - progress):.0f} s of training left")
@@ -730,22 +711,17 @@ def build_model(cfg, vocab_size, device):
     model = GPT(GPTConfig(vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult,
                           cfg.tie_embeddings, cfg.value_embed, dtype=choose_dtype(cfg.dtype, device))).to(device)
     if cfg.init_from:
-        path = Path(cfg.init_from) / "model.safetensors"
-        if not path.is_file():
-            raise ValueError(f"INIT_FROM={cfg.init_from}: {path} does not exist; give the folder of a finished run, logs/<run>")
-        state, own = from_safetensors(path.read_bytes()), model.state_dict()
-        for name in sorted(own.keys() | state.keys()):
-            shapes = [tuple(s[name].shape) if name in s else "nothing" for s in (state, own)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"INIT_FROM={cfg.init_from}: {name} is {shapes[0]} there and {shapes[1]} here; use that run's config.yaml")
-        model.load_state_dict(state)
+        load_weights(model, cfg.init_from)
+    if dist.is_initialized():
+        for p in model.parameters():  # the same everywhere, whatever generators or files the nodes have
+            dist.broadcast(p.data, 0)
     return model
 
 
 def sample_text(model, data, cfg, tokens=120):
     """A text the model writes from the document marker on, temperature 0.8, or why there is none."""
-    if data.token_table is None:
-        return "no text sample: the tokenizer is unknown"
+    if data.token_table is None or not 0 <= data.doc_token < data.vocab_size:
+        return "no text sample: the tokenizer or the document marker is unknown"
     generator = torch.Generator().manual_seed(cfg.seed)
     try:
         new = model.generate([[data.doc_token]], tokens, temperature=0.8, top_k=50, stop_token=data.doc_token, generator=generator)[0]
@@ -754,41 +730,58 @@ def sample_text(model, data, cfg, tokens=120):
     return b"".join(data.token_table[t] for t in new if t < len(data.token_table)).decode(errors="replace")
 
 
-def run(cfg, origin):
+def run(cfg, origin, warnings):
     """The main job: prepare, compile, train, evaluate, quantise, save. Returns the content of result.json."""
     began = time.perf_counter()
     rank, world_size, device = start_process()
     cfg.run_id = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
     layout = divide_batch(cfg, rank, world_size, device)
-    data = open_data(cfg, rank, world_size)
+    data = open_data(cfg)
     model = build_model(cfg, data.vocab_size, device)
     log = RunLog(cfg, origin, rank)
     parameters = sum(p.numel() for p in model.parameters())
-    log.line(f"{parameters:,} parameters, {model.config.dtype} on {world_size} x {device.type}, {layout.rows} rows of {cfg.train_seq_len} tokens "
-             f"a step in {layout.local_rows // layout.micro_rows} micro-batches on each rank, {sum(map(len, data.train)):,} train tokens")
     if data.no_bpb:
-        log.line(f"no val_bpb: {data.no_bpb}")
+        warnings.append(f"no val_bpb: {data.no_bpb}")
+    if data.meta and cfg.tokenizer:
+        warnings.append(f"TOKENIZER={cfg.tokenizer} is not used: {data.folder} has a meta.json")
+    if cfg.jepa_lambda and cfg.jepa_distance == "infonce":
+        warnings.append(f"infonce takes its negatives from micro-batches of {layout.micro_rows} rows; another division of the batch is another loss")
+    for text in [*warnings, f"{parameters:,} parameters, {model.config.dtype} on {world_size} x {device.type}, {layout.rows} rows of {cfg.train_seq_len} "
+                 f"tokens a step in micro-batches of {layout.micro_rows}, {sum(map(len, data.train)):,} train tokens"]:
+        log.line(text)
 
-    loss_fn, eval_fn = training_loss, row_losses
-    if cfg.compile:
-        loss_fn, eval_fn = (torch.compile(f, fullgraph=True, dynamic=False) for f in (loss_fn, eval_fn))
-    compiling = time.perf_counter()
-    warm_up(model, loss_fn, cfg, data, layout)
+    loss_fn, eval_fn, compiled, compiling = training_loss, row_losses, cfg.compile, time.perf_counter()
+    if compiled:
+        try:
+            loss_fn, eval_fn = (torch.compile(f, fullgraph=True, dynamic=False) for f in (loss_fn, eval_fn))
+            warm_up(model, loss_fn, cfg, data, layout)
+        except torch._dynamo.exc.BackendCompilerFailed as e:  # a CPU without a C++ compiler
+            log.line(f"torch.compile does not work here, going on without, slower: {' '.join(str(e).split())[:200]}")
+            loss_fn, eval_fn, compiled = training_loss, row_losses, False
+    if not compiled:
+        warm_up(model, loss_fn, cfg, data, layout)
     log.line(f"{len(needed_graphs(cfg))} training graph(s) warmed up in {time.perf_counter() - compiling:.0f} s")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
-    result = train(model, loss_fn, eval_fn, cfg, data, layout, log)
+    try:
+        result = train(model, loss_fn, eval_fn, cfg, data, layout, log)
+    except ValueError as e:
+        log.note(f"error: {e}")
+        raise
     state = {name: w.detach().cpu() for name, w in model.state_dict().items()}
     artifact = quantize(state)
     if rank == 0:
         (log.folder / "model.safetensors").write_bytes(to_safetensors(state))
         (log.folder / "model.int8.zlib").write_bytes(artifact)
+        artifact = (log.folder / "model.int8.zlib").read_bytes()
     model.load_state_dict(dequantize(artifact))
     quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, layout, log)
-    code_bytes = sum(len((ROOT / name).read_bytes()) for name in ("train_gpt.py", "model.py", "jepa.py"))
+    code_bytes = sum(len((ROOT / name).read_bytes()) for name in SOURCES)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result |= {"quantized_val_loss": quantized_val_loss, "quantized_val_bpb": quantized_val_bpb,
                "artifact_bytes": len(artifact) + code_bytes, "fits_16mb": len(artifact) + code_bytes <= 16_000_000,
-               "tokens": result["steps"] * cfg.train_batch_tokens, "parameters": parameters, "peak_memory_bytes": peak,
+               "tokens": result["steps"] * cfg.train_batch_tokens, "parameters": parameters, "peak_memory_bytes": peak, "compiled": compiled,
                "total_seconds": time.perf_counter() - began, "run_id": cfg.run_id, "seed": cfg.seed, "config": dataclasses.asdict(cfg)}
     if rank == 0:
         (log.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -806,15 +799,16 @@ def run(cfg, origin):
 
 def main():
     try:
-        cfg, origin, warnings = load_config(sys.argv[1:], os.environ)
-        if int(os.environ.get("RANK", 0)) == 0:
-            for warning in warnings:
-                print(warning, flush=True)
-        run(cfg, origin)
-    except ValueError as e:
+        run(*load_config(sys.argv[1:], os.environ))
+    except (ValueError, OSError, SystemExit) as e:
+        if isinstance(e, SystemExit) and not isinstance(e.code, str):
+            raise  # --help
+        message = f"error: {str(e).removeprefix('error: ')}"
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # what all ranks find wrong is said once, by the first, whose exit ends the others
-        raise SystemExit(f"error: {e}") from None
+        if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun repeats what it finds there as the cause
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}))
+        raise SystemExit(message) from None
 
 
 if __name__ == "__main__":

@@ -28,7 +28,10 @@ def main(argv=None):
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{n:06d}.bin" for n in range(1, args.shards + 1)]
     for name in progress(names, len(names), "shards"):
         if not (out / name).exists():
-            hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=out)
+            try:
+                hf_hub_download(REPOSITORY, name, repo_type="dataset", local_dir=out)
+            except Exception as e:  # the hub's client raises many kinds; what is complete is kept
+                raise SystemExit(f"error: {name} of {REPOSITORY} cannot be fetched ({' '.join(str(e).split())[:200]}); run this again") from None
     table = token_table("gpt2")
     write_ranks(out / "tokenizer.tiktoken", table)
     known = json.loads((out / "meta.json").read_text())["shards"] if (out / "meta.json").exists() else {}

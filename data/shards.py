@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def write_shard(path, tokens):
     os.replace(part, path)
 
 
-def read_shard(path, vocab_size=None, sha256=None):
+def read_shard(path):
     """The tokens of an llm.c shard as a uint16 memmap; ValueError names the file and what is wrong with it."""
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC:
@@ -60,12 +60,14 @@ def read_shard(path, vocab_size=None, sha256=None):
         raise ValueError(f"{path}: {size} bytes, but its header promises {expected}; it was cut off: fetch or make it again")
     if header[2] == 0:
         raise ValueError(f"{path}: holds no tokens; remove it, or make it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
+
+
+def check_shard(path, tokens, sha256=None):
+    """The largest token of a shard; ValueError where its sha256 is another one."""
     if sha256 is not None and sha256_file(path) != sha256:
         raise ValueError(f"{path}: its sha256 is not the one in meta.json; fetch or make it again")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS)
-    if vocab_size is not None and tokens.max() >= vocab_size:
-        raise ValueError(f"{path}: token {tokens.max()} is outside the vocabulary of {vocab_size}; set VOCAB_SIZE or the right TOKENIZER")
-    return tokens
+    return int(tokens.max())
 
 
 def train_bpe(texts, vocab_size):
@@ -87,14 +89,20 @@ def load_tokenizer(name):
 
     A file is read with GPT-2's split pattern, which is that of r50k_base, gpt2 and p50k_base.
     """
-    import tiktoken
+    try:
+        import tiktoken
+    except ImportError:
+        raise SystemExit(f"error: tokenizer {name!r} needs tiktoken: pip install tiktoken, or give a file of ranks") from None
     if os.path.exists(name):
         ranks = read_ranks(name)
         pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
         encoding = tiktoken.Encoding(Path(name).stem, pat_str=pattern, mergeable_ranks=ranks,
                                      special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
     elif name in tiktoken.list_encoding_names():
-        encoding = tiktoken.get_encoding(name)
+        try:
+            encoding = tiktoken.get_encoding(name)
+        except Exception as e:  # tiktoken fetches the ranks on first use: any error of the network or the disk
+            raise SystemExit(f"error: tokenizer {name!r} cannot be fetched ({' '.join(str(e).split())[:200]}); give a file of ranks") from None
     else:
         raise SystemExit(f"error: tokenizer {name!r} is neither a file of ranks nor one of tiktoken's: "
                          f"{', '.join(tiktoken.list_encoding_names())}")
@@ -132,6 +140,8 @@ def token_table(tokenizer):
     marker, the id behind the last rank."""
     if os.path.exists(tokenizer):
         ranks = read_ranks(tokenizer)
+        if max(ranks.values()) > 65534:
+            raise SystemExit(f"error: {tokenizer} has ranks up to {max(ranks.values())}; a shard holds uint16: it is not this data's tokenizer")
         table = [b""] * (max(ranks.values()) + 2)
         for token, rank in ranks.items():
             table[rank] = token
@@ -176,8 +186,8 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
     out = Path(out)
     if out.exists():
         raise SystemExit(f"error: {out} exists: remove it, or choose another --out")
-    work = out.with_name(out.name + ".part")
-    shutil.rmtree(work, ignore_errors=True)
+    work = out.with_name(f"{out.name}.part{os.getpid()}")
+    name = re.sub(r"[^\w.-]|_(?=train_|val_)", "-", name)  # "x_val_y" would be taken for a val shard
     count, val_digests = split_documents(documents, val_fraction)
 
     def pieces():  # (split, text) of every document

@@ -23,7 +23,7 @@ def documents():
     for path in sorted(root.rglob("*.py")):
         if not SKIP.intersection(path.relative_to(root).parts):
             try:
-                text = path.read_text(encoding="utf-8")
+                text = path.read_bytes().decode("utf-8")
             except (UnicodeDecodeError, OSError):
                 continue
             if text:

@@ -21,7 +21,7 @@ from data.shards import prepare
 def text_file(path, separator):
     """A function that returns an iterator over the documents of a text file, split at separator where one is given."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_bytes().decode("utf-8")  # not read_text: it would change line ends, and the bytes with them
     except UnicodeDecodeError as e:
         raise SystemExit(f"error: {path}, byte {e.start}: not UTF-8; convert it first") from None
     parts = [part for part in text.split(separator) if part.strip()] if separator else [text] if text else []
@@ -56,7 +56,8 @@ def hub_dataset(source, name, split, field):
         raise SystemExit(f"error: --source {source}: neither a file nor a dataset that can be loaded ({' '.join(str(e).split())[:300]})") from None
     if field not in dataset.column_names:
         raise SystemExit(f"error: --field {field}: {source} has the columns {', '.join(dataset.column_names)}")
-    return lambda: (text for text in dataset[field] if text)
+    dataset = dataset.select_columns([field])
+    return lambda: (row[field] for row in dataset if row[field])
 
 
 def main(argv=None):

@@ -57,6 +57,8 @@ class MemoryLog:
     def line(self, text):
         self.lines.append(text)
 
+    note = line
+
     def metrics(self, step, train_time, values):
         self.rows.append((step, values))
 

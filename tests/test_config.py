@@ -7,9 +7,11 @@ import zlib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import train_gpt
+import weights
 from model import GPT, GPTConfig
 from train_gpt import Config, load_config
 
@@ -38,7 +40,8 @@ def test_every_field_is_read_and_every_jepa_variable_is_a_field():
     tree = ast.parse(Path(train_gpt.__file__).read_text())
     config_class = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
     outside = [n for top in tree.body if top is not config_class for n in ast.walk(top)]
-    read = {n.attr for n in outside if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    is_cfg = lambda n: isinstance(n, ast.Name) and n.id == "cfg" or isinstance(n, ast.Attribute) and n.attr == "cfg"
+    read = {n.attr for n in outside if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and is_cfg(n.value)}
     assert set(FIELDS) <= read
     readme = (train_gpt.ROOT / "README.md").read_text()
     assert {v.lower() for v in re.findall(r"\bJEPA_[A-Z_]+\b", readme)} <= set(FIELDS)
@@ -51,7 +54,12 @@ def test_every_field_is_read_and_every_jepa_variable_is_a_field():
     ([], {"COMPILE": "maybe"}, "environment variable COMPILE: 'maybe' is not 0 or 1"),
     (["--jepa_lamda=1"], {}, "unknown argument --jepa_lamda=1; did you mean jepa_lambda?"),
     ([], {"JEPA_LAMBDA": "-1"}, "JEPA_LAMBDA=-1.0: must be at least 0"),
-    ([], {"JEPA_LAMBDA": "nan"}, "JEPA_LAMBDA=nan"),
+    ([], {"JEPA_LAMBDA": "nan"}, "JEPA_LAMBDA=nan: must be finite"),
+    ([], {"JEPA_LAMBDA": "inf"}, "JEPA_LAMBDA=inf: must be finite"),
+    (["--jepa_lambda"], {}, "argument --jepa_lambda: expected one argument"),
+    ([], {"JEPA_LAMBDA": "1", "JEPA_START_FRAC": "0.5", "JEPA_END_FRAC": "0.3"}, "the term never runs"),
+    ([], {"JEPA_LAMBDA": "1", "JEPA_START_FRAC": "1"}, "the term never runs"),
+    ([], {"RUN_ID": "../x"}, "RUN_ID=../x: may hold letters"),
     ([], {"JEPA_MAX_SPAN_FRAC": "0"}, "must be above 0"),
     ([], {"JEPA_MAX_SPAN_FRAC": "1.1"}, "must be at least 0 and at most 1"),
     ([], {"JEPA_LAYER": "6", "NUM_LAYERS": "6"}, "must be -1, or a block from 0 to 5"),
@@ -114,7 +122,8 @@ def presets():
 @pytest.mark.parametrize("path", presets(), ids=lambda p: p.stem)
 def test_presets_load_and_say_purpose_command_and_expectation(path):
     cfg, _, _ = load_config([f"--config={path}"], {})
-    train_gpt.divide_batch(cfg, 0, 8 if "8" in path.read_text() and cfg.train_batch_tokens > 10_000 else 1, None)
+    for ranks in (1,) if path.stem == "cpu_stdlib" else (1, 2, 4, 8):
+        train_gpt.divide_batch(cfg, 0, ranks, None)
     head = path.read_text().splitlines()[:4]
     for word in ("Purpose:", "Command:", "Expect:"):
         assert any(line.startswith(f"# {word}") for line in head), word
@@ -124,23 +133,32 @@ def test_cpu_stdlib_is_the_default():
     assert load_config([f"--config={train_gpt.ROOT / 'configs/cpu_stdlib.yaml'}"], {})[0] == Config()
 
 
+def test_parameters_of_the_presets_are_as_their_comments_say():
+    for name, count in (("cpu_stdlib", "6.3M"), ("fineweb_124m", "123.6M"), ("golf_16mb", "15.5M")):
+        path = train_gpt.ROOT / f"configs/{name}.yaml"
+        cfg, _, _ = load_config([f"--config={path}"], {})
+        with torch.device("meta"):
+            model = GPT(GPTConfig(cfg.vocab_size or 2048, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult, cfg.tie_embeddings, cfg.value_embed))
+        assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M" == count and count in path.read_text()
+
+
 def test_golf_fits_its_artifact_without_any_compression():
     cfg, _, _ = load_config([f"--config={train_gpt.ROOT / 'configs/golf_16mb.yaml'}"], {})
     model = GPT(GPTConfig(cfg.vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult, cfg.tie_embeddings, cfg.value_embed))
-    source = sum((train_gpt.ROOT / name).stat().st_size for name in ("train_gpt.py", "model.py", "jepa.py"))
-    assert len(zlib.decompress(train_gpt.quantize(model.state_dict()))) + source <= 16_000_000
+    source = sum((train_gpt.ROOT / name).stat().st_size for name in train_gpt.SOURCES)
+    assert len(zlib.decompress(weights.quantize(model.state_dict()))) + source <= 16_000_000
 
 
 def test_values_read_back_from_a_run_s_config_yaml(tmp_path):
     cfg = Config(jepa_lambda=0.25, run_id="x", tie_embeddings=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg)))
-    assert load_config([f"--config={tmp_path / 'config.yaml'}"], {})[0] == cfg
+    assert load_config([f"--config={tmp_path / 'config.yaml'}"], {})[0] == cfg  # test_run.py: a run's own config.yaml
 
 
 def test_package_needs_nothing_but_torch_numpy_and_yaml_to_import():
     third_party = set()
-    for name in ("train_gpt.py", "model.py", "jepa.py"):
+    for name in train_gpt.SOURCES:
         for node in ast.parse((train_gpt.ROOT / name).read_text()).body:  # top level: the rest is imported where it is used
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "data"}
+            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "data", "weights"}
     assert third_party == {"torch", "numpy", "yaml"}

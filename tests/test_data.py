@@ -179,8 +179,7 @@ def test_damaged_shards_are_named(tmp_path, data_path, change, message):
 
 
 def test_foreign_shards(tmp_path):
-    with pytest.raises(ValueError, match="set VOCAB_SIZE, or TOKENIZER"):
-        TokenData(make_config(foreign(tmp_path)))
+    assert TokenData(make_config(foreign(tmp_path))).vocab_size == 64  # the largest token and one, up to a multiple of 64
     with pytest.raises(ValueError, match="token 6 is outside the vocabulary of 5"):
         TokenData(make_config(str(tmp_path), vocab_size=5))
     data = TokenData(make_config(str(tmp_path), vocab_size=300))
@@ -200,7 +199,27 @@ def test_missing_files(tmp_path, remove, message):
         TokenData(make_config(str(tmp_path), vocab_size=300))
 
 
+def test_a_shard_that_fits_both_names_is_refused_and_never_written(tmp_path):
+    (tmp_path / "wiki_train_val_set.txt").write_text("a text of one document " * 50)
+    out = tmp_path / "out"
+    text.main(["--source", str(tmp_path / "wiki_train_val_set.txt"), "--vocab-size", "270", "--out", str(out)])
+    assert len(list(out.glob("*_train_*.bin"))) == len(list(out.glob("*_val_*.bin"))) == 1
+    foreign(tmp_path)
+    next(tmp_path.glob("x_train_*.bin")).rename(tmp_path / "x_train_val_1.bin")
+    with pytest.raises(ValueError, match="both"):
+        TokenData(make_config(str(tmp_path)))
+
+
+def test_carriage_returns_keep_their_bytes(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one line\r\nand another\r\n" * 40)
+    text.main(["--source", str(tmp_path / "a.txt"), "--vocab-size", "270", "--out", str(tmp_path / "out")])
+    documents = decode(tmp_path / "out")
+    assert (documents["train"][0] + documents["val"][0]).encode() == b"one line\r\nand another\r\n" * 40
+
+
 def test_other_bad_data(tmp_path, data_path):
+    with pytest.raises(ValueError, match="VAL_TOKENS=1"):
+        TokenData(make_config(data_path, val_tokens=1))
     with pytest.raises(ValueError, match="DATA_PATH=/nowhere: no such folder"):
         TokenData(make_config("/nowhere"))
     with pytest.raises(ValueError, match="the val split .* lower TRAIN_SEQ_LEN"):

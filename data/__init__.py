@@ -1,0 +1,1 @@
+"""One script per data set; shards.py holds the format."""
