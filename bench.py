@@ -16,6 +16,7 @@ import time
 import torch
 
 import train_gpt
+from config import load_config
 from model import Linear
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
@@ -60,7 +61,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=20, help="steps of each variant (default: 20)")
     own, rest = parser.parse_known_args()
     try:
-        cfg, _, warnings = train_gpt.load_config(rest, os.environ)
+        cfg, _, warnings = load_config(train_gpt.Config, rest, os.environ)
         print(*warnings, sep="\n", end="\n" if warnings else "")
         rank, world_size, device = train_gpt.start_process()
         cfg.jepa_lambda = cfg.jepa_lambda or 0.1

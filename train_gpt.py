@@ -4,10 +4,8 @@ One process on a CPU or a GPU, or torchrun on many. Read from top to bottom: con
 step, evaluation, artifact, logs, the loop. The term itself is in jepa.py, the network in model.py.
 Shapes: B rows, T tokens, D width, S spans a row, V vocabulary; G rows of the global batch (all ranks, all micro-batches).
 """
-import argparse
 import bisect
 import dataclasses
-import difflib
 import itertools
 import json
 import math
@@ -19,7 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,31 +26,27 @@ import torch.distributed as dist
 import yaml
 
 import jepa
+from config import check_ranges, knob, load_config
 from data.shards import META_KEYS, check_shard, read_shard, token_table
 from model import GPT, GPTConfig, Linear
 from weights import dequantize, load_weights, quantize, to_safetensors
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED_DATA = "data/stdlib"
-SOURCES = ("train_gpt.py", "model.py", "jepa.py", "weights.py", "data/shards.py")  # logged, and counted in the artifact
+SOURCES = ("train_gpt.py", "model.py", "jepa.py", "config.py", "weights.py", "data/shards.py")  # logged, and counted in the artifact
 
 # ----------------------------------------------------------------------------------------------------------- config
 
 
-def knob(default, doc, low=None, high=None):
-    """A setting with its one line of documentation and the range it must lie in, both ends included."""
-    return field(default=default, metadata={"doc": doc, "low": low, "high": high})
-
-
 @dataclass
 class Config:
-    """Every setting. A value comes from: default here < YAML (--config) < environment (JEPA_LAMBDA=0.1) < flag (--jepa_lambda 0.1)."""
+    """Every setting: default, what it does, range. config.py says where else a value may come from."""
     # data
     data_path: str = knob(EMBEDDED_DATA, "folder with *_train_*.bin and *_val_*.bin; the default is prepared where it is missing")
     tokenizer: str = knob("", "for shards without meta.json: a tiktoken name or a file of ranks, which gives the bytes per token")
     doc_token: int = knob(50256, "for shards without meta.json: the token id that begins a document")
     vocab_size: int = knob(0, "rows of the embedding; 0: the tokenizer's size. A multiple of 64 is faster on a GPU", 0)
-    val_tokens: int = knob(0, "tokens of the val split that are evaluated; 0: all", 0)
+    val_tokens: int = knob(0, "tokens of the val split that are evaluated, off the clock; 0: all", 0)
     # length of the run
     iterations: int = knob(10_000, "steps at most", 1)
     max_wallclock_seconds: float = knob(150.0, "training time at most, s, without compilation and validation; 0: no cap", 0)
@@ -61,11 +55,11 @@ class Config:
     train_seq_len: int = knob(256, "tokens per row; attention costs its square", 1)
     grad_accum_steps: int = knob(0, "micro-batches per step and rank, less memory and the same step; 0: as few as keep one at 65,536 tokens", 0)
     # model
-    num_layers: int = knob(6, "blocks")
-    model_dim: int = knob(256, "width")
+    num_layers: int = knob(6, "blocks; time, memory and parameters grow with it")
+    model_dim: int = knob(256, "width of the residual stream; the matrices grow with its square")
     num_heads: int = knob(4, "query heads; model_dim / num_heads must be even")
     num_kv_heads: int = knob(4, "key/value heads, shared by num_heads / num_kv_heads query heads each")
-    mlp_mult: int = knob(4, "width of the MLP over model_dim")
+    mlp_mult: int = knob(4, "width of the MLP over model_dim; at 4 it is two thirds of a block's parameters")
     tie_embeddings: bool = knob(False, "1: the output head is the embedding; saves vocab_size x model_dim parameters")
     value_embed: bool = knob(True, "1: the values of every block add a second embedding of the token; vocab_size x key/value width parameters, no time")
     # optimizer
@@ -81,15 +75,15 @@ class Config:
     jepa_max_span_frac: float = knob(0.5, "longest span over the length of its document fragment (or row)", 0, 1)
     jepa_start_frac: float = knob(0.0, "fraction of the run after which the term starts; costs a second training graph", 0, 1)
     jepa_end_frac: float = knob(1.0, "fraction of the run after which it goes off again; below 1 costs a second training graph", 0, 1)
-    jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start", 0, 1)
-    jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k")
+    jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start; costs nothing", 0, 1)
+    jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k; costs nothing")
     jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce")
     jepa_spans: int = knob(1, "spans per row; each costs four gathered states", 1)
     jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row")
     # evaluation and logs
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end", 0)
     eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost", 0)
-    train_log_every: int = knob(20, "steps between train_loss lines", 1)
+    train_log_every: int = knob(20, "steps between train_loss lines; costs nothing", 1)
     run_id: str = knob("", "name of the folder in logs/; default: date, time and seed")
     wandb: bool = knob(False, "1: log to Weights & Biases too (WANDB_MODE=offline needs no login)")
     # machine
@@ -100,12 +94,7 @@ class Config:
 
     def __post_init__(self):
         """Raise ValueError naming the knob, where a value makes no sense by itself."""
-        for f in dataclasses.fields(self):
-            value, low, high = getattr(self, f.name), f.metadata["low"], f.metadata["high"]
-            if f.type is float and not math.isfinite(value):
-                raise ValueError(f"{f.name.upper()}={value}: must be finite")
-            if low is not None and not low <= value <= (math.inf if high is None else high):
-                raise ValueError(f"{f.name.upper()}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+        check_ranges(self)
         for name, wrong, rule in (
                 ("jepa_max_span_frac", self.jepa_max_span_frac == 0, "must be above 0"),
                 ("jepa_distance", self.jepa_distance not in jepa.DISTANCES, f"must be one of {', '.join(jepa.DISTANCES)}"),
@@ -118,69 +107,6 @@ class Config:
                 ("run_id", not re.fullmatch(r"[\w.-]*", self.run_id), "may hold letters, digits, '_', '.' and '-' only")):
             if wrong:
                 raise ValueError(f"{name.upper()}={getattr(self, name)}: {rule}")
-
-
-def parse_value(kind, text, where):
-    """The value of type `kind` that text (a string, or what YAML made of it) stands for; ValueError naming `where`."""
-    if kind is bool and str(text).lower() in ("0", "1", "true", "false"):
-        return str(text).lower() in ("1", "true")
-    try:
-        if kind is not bool and not isinstance(text, bool):
-            if kind is str and text is None:
-                return ""
-            if not (kind is int and isinstance(text, float)):
-                return kind(text)
-    except (TypeError, ValueError):
-        pass
-    raise ValueError(f"{where}: {text!r} is not {'0 or 1' if kind is bool else 'a valid ' + kind.__name__}")
-
-
-def nearest(name, names):
-    return "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, names, n=1, cutoff=0.5))
-
-
-def load_config(argv, environ):
-    """(Config, {field: where its value comes from}, [warnings]); ValueError says what is wrong, where, and what to do."""
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    values, origin, warnings = {}, dict.fromkeys(fields, "default"), []
-
-    def put(name, text, where):
-        values[name], origin[name] = parse_value(fields[name].type, text, where), where
-
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, epilog="Each flag is also an environment variable, "
-                                     "in capitals.", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings")
-    for name, f in fields.items():
-        parser.add_argument(f"--{name}", metavar=f.type.__name__.upper(), help=f"{f.metadata['doc']} (default: {f.default!r})".replace("%", "%%"))
-    def refuse(message):
-        raise ValueError(message)
-    parser.error = refuse
-    flags, unknown = parser.parse_known_args(argv)
-    for flag in unknown:
-        raise ValueError(f"unknown argument {flag}{nearest(flag.split('=')[0].lstrip('-'), fields)}")
-    if flags.config:
-        try:
-            loaded = yaml.safe_load(Path(flags.config).read_text()) or {}
-        except (OSError, yaml.YAMLError) as e:
-            raise ValueError(f"--config {flags.config}: {' '.join(str(e).split())}") from None
-        if not isinstance(loaded, dict):
-            raise ValueError(f"--config {flags.config}: must be lines of `key: value`")
-        for name, value in loaded.items():
-            if name not in fields:
-                raise ValueError(f"{flags.config}: unknown key {name}{nearest(str(name), fields)}")
-            put(name, value, f"{flags.config}: {name}")
-    for variable, text in environ.items():
-        name = variable.lower()
-        if variable.isupper() and name in fields:
-            put(name, text, f"environment variable {variable}")
-        elif variable.startswith("JEPA_"):
-            raise ValueError(f"unknown environment variable {variable}{nearest(variable, [n.upper() for n in fields])}")
-        elif close := difflib.get_close_matches(variable, [n.upper() for n in fields], n=1, cutoff=0.85):
-            warnings.append(f"warning: environment variable {variable} is read by nobody here; did you mean {close[0]}?")
-    for name in fields:
-        if getattr(flags, name) is not None:
-            put(name, getattr(flags, name), f"flag --{name}")
-    return Config(**values), origin, warnings
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -799,7 +725,7 @@ def run(cfg, origin, warnings):
 
 def main():
     try:
-        run(*load_config(sys.argv[1:], os.environ))
+        run(*load_config(Config, sys.argv[1:], os.environ, __doc__))
     except (ValueError, OSError, SystemExit) as e:
         if isinstance(e, SystemExit) and not isinstance(e.code, str):
             raise  # --help

@@ -12,8 +12,9 @@ import yaml
 
 import train_gpt
 import weights
+from config import load_config
 from model import GPT, GPTConfig
-from train_gpt import Config, load_config
+from train_gpt import Config
 
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 
@@ -21,7 +22,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 def test_precedence_default_yaml_environment_flag(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("jepa_lambda: 0.2\nseed: 5\nnum_layers: 2\n")
-    cfg, origin, _ = load_config([f"--config={file}", "--jepa_lambda", "0.4"], {"JEPA_LAMBDA": "0.3", "SEED": "6"})
+    cfg, origin, _ = load_config(Config, [f"--config={file}", "--jepa_lambda", "0.4"], {"JEPA_LAMBDA": "0.3", "SEED": "6"})
     assert (cfg.jepa_lambda, cfg.seed, cfg.num_layers, cfg.model_dim) == (0.4, 6, 2, Config.model_dim)
     assert origin["jepa_lambda"] == "flag --jepa_lambda" and origin["seed"] == "environment variable SEED"
     assert origin["num_layers"] == f"{file}: num_layers" and origin["model_dim"] == "default"
@@ -31,7 +32,7 @@ def test_the_environment_sets_every_field():
     for name, f in FIELDS.items():
         value = {bool: "1", int: "7", float: "0.5", str: "float32" if name == "dtype" else "mse" if name == "jepa_distance" else "x"}[f.type]
         settings = {name.upper(): value, **({"TRAIN_SEQ_LEN": "8"} if name == "eval_stride" else {}), **({"NUM_LAYERS": "9"} if name == "jepa_layer" else {})}
-        cfg, origin, warnings = load_config([], settings)
+        cfg, origin, warnings = load_config(Config, [], settings)
         assert str(getattr(cfg, name)) in (value, "True") and not warnings and name.upper() in origin[name]
 
 
@@ -73,7 +74,7 @@ def test_every_field_is_read_and_every_jepa_variable_is_a_field():
 ])
 def test_bad_settings_are_one_line_that_says_where(argv, environ, message):
     with pytest.raises(ValueError, match=message) as e:
-        load_config(argv, environ)
+        load_config(Config, argv, environ)
     assert "\n" not in str(e.value)
 
 
@@ -83,18 +84,18 @@ def test_bad_settings_are_one_line_that_says_where(argv, environ, message):
 def test_bad_yaml(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)) as e:
-        load_config([f"--config={tmp_path / 'c.yaml'}"], {})
+        load_config(Config, [f"--config={tmp_path / 'c.yaml'}"], {})
     assert "\n" not in str(e.value)
 
 
 def test_a_near_miss_in_the_environment_is_a_warning():
-    _, _, warnings = load_config([], {"NUM_LAYER": "3", "PATH": "/bin", "HOME": "/x", "OMP_NUM_THREADS": "2", "RANK": "0"})
+    _, _, warnings = load_config(Config, [], {"NUM_LAYER": "3", "PATH": "/bin", "HOME": "/x", "OMP_NUM_THREADS": "2", "RANK": "0"})
     assert len(warnings) == 1 and "NUM_LAYER " in warnings[0] and "NUM_LAYERS" in warnings[0]
 
 
 def test_help_shows_every_knob(capsys):
     with pytest.raises(SystemExit):
-        load_config(["--help"], {})
+        load_config(Config, ["--help"], {})
     text = " ".join(capsys.readouterr().out.split())
     for name, f in FIELDS.items():
         assert f"--{name} " in text and f.metadata["doc"].split()[0] in text
@@ -121,7 +122,7 @@ def presets():
 
 @pytest.mark.parametrize("path", presets(), ids=lambda p: p.stem)
 def test_presets_load_and_say_purpose_command_and_expectation(path):
-    cfg, _, _ = load_config([f"--config={path}"], {})
+    cfg, _, _ = load_config(Config, [f"--config={path}"], {})
     for ranks in (1,) if path.stem == "cpu_stdlib" else (1, 2, 4, 8):
         train_gpt.divide_batch(cfg, 0, ranks, None)
     head = path.read_text().splitlines()[:4]
@@ -130,20 +131,20 @@ def test_presets_load_and_say_purpose_command_and_expectation(path):
 
 
 def test_cpu_stdlib_is_the_default():
-    assert load_config([f"--config={train_gpt.ROOT / 'configs/cpu_stdlib.yaml'}"], {})[0] == Config()
+    assert load_config(Config, [f"--config={train_gpt.ROOT / 'configs/cpu_stdlib.yaml'}"], {})[0] == Config()
 
 
 def test_parameters_of_the_presets_are_as_their_comments_say():
     for name, count in (("cpu_stdlib", "6.3M"), ("fineweb_124m", "123.6M"), ("golf_16mb", "15.5M")):
         path = train_gpt.ROOT / f"configs/{name}.yaml"
-        cfg, _, _ = load_config([f"--config={path}"], {})
+        cfg, _, _ = load_config(Config, [f"--config={path}"], {})
         with torch.device("meta"):
             model = GPT(GPTConfig(cfg.vocab_size or 2048, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult, cfg.tie_embeddings, cfg.value_embed))
         assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M" == count and count in path.read_text()
 
 
 def test_golf_fits_its_artifact_without_any_compression():
-    cfg, _, _ = load_config([f"--config={train_gpt.ROOT / 'configs/golf_16mb.yaml'}"], {})
+    cfg, _, _ = load_config(Config, [f"--config={train_gpt.ROOT / 'configs/golf_16mb.yaml'}"], {})
     model = GPT(GPTConfig(cfg.vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult, cfg.tie_embeddings, cfg.value_embed))
     source = sum((train_gpt.ROOT / name).stat().st_size for name in train_gpt.SOURCES)
     assert len(zlib.decompress(weights.quantize(model.state_dict()))) + source <= 16_000_000
@@ -152,7 +153,7 @@ def test_golf_fits_its_artifact_without_any_compression():
 def test_values_read_back_from_a_run_s_config_yaml(tmp_path):
     cfg = Config(jepa_lambda=0.25, run_id="x", tie_embeddings=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg)))
-    assert load_config([f"--config={tmp_path / 'config.yaml'}"], {})[0] == cfg  # test_run.py: a run's own config.yaml
+    assert load_config(Config, [f"--config={tmp_path / 'config.yaml'}"], {})[0] == cfg  # test_run.py: a run's own config.yaml
 
 
 def test_package_needs_nothing_but_torch_numpy_and_yaml_to_import():
@@ -160,5 +161,5 @@ def test_package_needs_nothing_but_torch_numpy_and_yaml_to_import():
     for name in train_gpt.SOURCES:
         for node in ast.parse((train_gpt.ROOT / name).read_text()).body:  # top level: the rest is imported where it is used
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "data", "weights"}
+            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "data", "weights", "config"}
     assert third_party == {"torch", "numpy", "yaml"}

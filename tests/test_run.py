@@ -45,7 +45,7 @@ def test_a_run_prints_its_lines_and_leaves_its_files(data_path, run_id):
     assert f"torch {torch.__version__}" in log and "git commit: " in log
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows if "val_loss" in r] == [4, 8] and len([r for r in rows if "jepa_loss" in r]) == 8
-    cfg, _, _ = train_gpt.load_config([f"--config={folder / 'config.yaml'}"], {})
+    cfg, _, _ = train_gpt.load_config(train_gpt.Config, [f"--config={folder / 'config.yaml'}"], {})
     assert (cfg.jepa_lambda, cfg.num_layers, cfg.run_id) == (0.1, 3, "")  # to be used again
     for key in ("val_loss", "val_bpb", "quantized_val_bpb", "artifact_bytes", "train_seconds", "steps", "tokens", "parameters",
                 "peak_memory_bytes", "seed", "config"):
