@@ -5,6 +5,7 @@
 | which spans are drawn                       | sample_spans  | JEPA_MAX_SPAN_FRAC, JEPA_SPANS, JEPA_DOC        |
 | the two vectors of a span                   | span_views    | JEPA_LAYER (which states)                       |
 | the distance between them                   | distance      | JEPA_DISTANCE                                   |
+| which differences are rounding error        | noise_floor   |                                                 |
 | the weight over the run                     | jepa_weight   | JEPA_LAMBDA, JEPA_START_FRAC, JEPA_END_FRAC, JEPA_WARMUP_FRAC |
 
 Nothing here knows a model, and nothing but span_views and distance runs inside the compiled graph.
