@@ -28,7 +28,7 @@ def test_peak_memory_sees_a_large_tensor():
 
 
 def test_bench_prints_its_table(data_path):
-    settings = {**{k: v for k, v in TINY.items() if k != "compile"}, "data_path": data_path, "num_layers": 2}
+    settings = {**{k: v for k, v in TINY.items() if k != "compile"}, "data_path": data_path, "num_layers": 1}
     done = subprocess.run([sys.executable, str(ROOT / "bench.py"), "--rounds=3", *(f"--{k}={v}" for k, v in settings.items())],
                           capture_output=True, text=True, timeout=400, env={**os.environ})
     assert done.returncode == 0, done.stderr
