@@ -61,7 +61,7 @@ class Config:
     num_kv_heads: int = knob(4, "key/value heads, shared by num_heads / num_kv_heads query heads each")
     mlp_mult: int = knob(4, "width of the MLP over model_dim; at 4 it is two thirds of a block's parameters")
     tie_embeddings: bool = knob(False, "1: the output head is the embedding; saves vocab_size x model_dim parameters")
-    value_embed: bool = knob(True, "1: the values of every block add a second embedding of the token; vocab_size x key/value width parameters, no time")
+    value_embed: bool = knob(True, "1: the values of every block add a second embedding of the token; vocab_size x key/value width parameters, up to 7% of a step")
     # optimizer
     matrix_lr: float = knob(0.04, "Muon learning rate of the blocks' matrices", 0)
     embed_lr: float = knob(0.6, "Adam learning rate of the embeddings", 0)
