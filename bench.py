@@ -65,7 +65,7 @@ def main():
         print(*warnings, sep="\n", end="\n" if warnings else "")
         rank, world_size, device = train_gpt.start_process()
         cfg.jepa_lambda = cfg.jepa_lambda or 0.1
-        layout = train_gpt.divide_batch(cfg, rank, world_size, device)
+        share = train_gpt.divide_batch(cfg, rank, world_size, device)
         data = train_gpt.open_data(cfg)
         model = train_gpt.build_model(cfg, data.vocab_size, device)
     except ValueError as e:
@@ -76,7 +76,7 @@ def main():
 
     def step(name, number):
         loss_fn, weight = variants[name]
-        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, layout, number, weight)
+        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, share, number, weight)
         train_gpt.apply_gradients(optimizers, 0.0, cfg)
 
     def matmul(dtype, n=MATMUL_SIZE[device.type]):

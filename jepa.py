@@ -1,21 +1,28 @@
-"""Every JEPA objective: which vectors of the hidden states are compared, and how far apart they are.
+"""Every JEPA objective: which tokens are encoded, which vectors of the hidden states are compared, and how far apart they are.
 
-| to change                                   | edit          | set by                                          |
+| to change                                   | edit                    | set by                                          |
 |---|---|---|
-| which spans are drawn                       | sample_spans  | JEPA_MAX_SPAN_FRAC, JEPA_SPANS, JEPA_DOC        |
-| the two vectors of a span                   | span_views    | JEPA_LAYER (which states)                       |
-| the distance between them                   | distance      | JEPA_DISTANCE                                   |
-| which differences are rounding error        | noise_floor   |                                                 |
-| the weight over the run                     | jepa_weight   | JEPA_LAMBDA, JEPA_START_FRAC, JEPA_END_FRAC, JEPA_WARMUP_FRAC |
+| which spans are drawn                       | sample_spans, place_spans | JEPA_MAX_SPAN_FRAC, JEPA_SPANS, JEPA_DOC      |
+| the two vectors of a span                   | span_views              | JEPA_LAYER (which states), JEPA_NORM            |
+| the views of a pair or a group of texts     | lay_out                 | JEPA_PRED_TOKENS, JEPA_PRED_POSITION, JEPA_REVERSE, LOSS_ON |
+| how they fill rows                          | pack, Document.write    | TRAIN_SEQ_LEN, GRAD_ACCUM_STEPS                 |
+| the two vectors of a pair                   | pair_views              | JEPA_LAYER, JEPA_NORM                           |
+| the distance between them                   | distance                | JEPA_DISTANCE                                   |
+| which differences are rounding error        | noise_floor             |                                                 |
+| the weight over the run                     | jepa_weight, keeps_term | JEPA_LAMBDA, JEPA_START_FRAC, JEPA_END_FRAC, JEPA_WARMUP_FRAC, JEPA_RATIO |
 
-Nothing here knows a model, and nothing but span_views and distance runs inside the compiled graph.
-Shapes: B rows, T tokens, D width, S spans a row.
+Nothing here knows a model, and nothing but *_views, noise_floor and distance runs inside the compiled graph.
+Shapes: B rows, T tokens, D width, S spans a row, N pairs of a micro-batch.
 """
+from dataclasses import dataclass, field
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 DISTANCES = ("cosine", "l2", "mse", "infonce")
 INFONCE_TEMPERATURE = 0.07  # as LLM-JEPA, arXiv 2509.14252
+MAX_PRED_TOKENS = 10  # as many as a pairs vocabulary has
 
 
 def document_fragments(idx, doc_token):
@@ -40,8 +47,7 @@ def sample_spans(idx, generator, *, spans, max_span_frac, doc_token=None, total_
 
     idx: int64 CPU tensor (B, T), rows first_row.. of a global batch of total_rows (default: idx is all of it). The
     generator is drawn for the whole global batch, so the spans of a sequence depend neither on the rank that holds it
-    nor on accumulation. A fragment of L tokens is chosen with probability proportional to L among those with L >= 3;
-    the length is uniform in 1..min(max(1, floor(max_span_frac * L)), L - 2), the place uniform given the length.
+    nor on accumulation. A fragment of L tokens is chosen with probability proportional to L among those with L >= 3.
     Returns a, b, start, end, int64, and weight, float32, all (B, S). Weight 0 marks a row without a fragment of three
     tokens; its positions are valid indices and mean nothing.
     """
@@ -53,14 +59,22 @@ def sample_spans(idx, generator, *, spans, max_span_frac, doc_token=None, total_
     count = ordinal[:, -1:]
     pick = torch.searchsorted(ordinal, (uniform[..., 0] * count).long() + 1).clamp(max=T - 1)
     start, end = first.gather(1, pick), last.gather(1, pick)
+    weight = (count > 0).expand(B, spans).float()
+    a, b = place_spans(uniform[..., 1:], start, end, max_span_frac)
+    a = torch.where(weight > 0, a, start).clamp(min=min(1, T - 1))
+    return a, torch.where(weight > 0, b, a), start, end, weight
+
+
+def place_spans(uniform, start, end, max_span_frac):
+    """One span a..b (int64, any shape) in each fragment start..end of L >= 3 tokens, from two uniform numbers (..., 2).
+
+    The length is uniform in 1..min(max(1, floor(max_span_frac * L)), L - 2), the place uniform given the length.
+    """
     L = end - start + 1
     longest = torch.minimum((max_span_frac * L.double()).long().clamp(min=1), L - 2).clamp(min=1)
-    length = 1 + (uniform[..., 1] * longest).long()
-    a = start + 1 + (uniform[..., 2] * (L - length)).long()  # a may be start + 1 .. end - length + 1: L - length places
-    weight = (count > 0).expand(B, spans).float()
-    a = torch.where(weight > 0, a, start).clamp(min=min(1, T - 1))
-    b = torch.where(weight > 0, a + length - 1, a)
-    return a, b, start, end, weight
+    length = 1 + (uniform[..., 0] * longest).long()
+    a = start + 1 + (uniform[..., 1] * (L - length)).long()  # a may be start + 1 .. end - length + 1: L - length places
+    return a, a + length - 1
 
 
 def span_views(h, a, b, start=None, end=None):
@@ -78,6 +92,124 @@ def span_views(h, a, b, start=None, end=None):
     return (before - first) + (final - last), last - before
 
 
+@dataclass
+class Document:
+    """A piece of a row: a trunk, and a branch that continues trunk[:fork + 1] and that the trunk doesn't see.
+
+    It is laid out depth first: trunk[:fork + 1], branch, the rest of the trunk. So a token sees an earlier one exactly
+    where it lies in that one's subtree, which is an interval: `ends` holds, for every token, the index behind its last
+    descendant. Trunk tokens from loss_from on are targets of the token before them.
+    """
+    trunk: np.ndarray
+    loss_from: int = 1
+    branch: list = field(default_factory=list)
+    fork: int = 0
+
+    def __len__(self):
+        return len(self.trunk) + len(self.branch)
+
+    def visible_pairs(self):
+        """How many (query, key) pairs attention needs: what its FLOPs are proportional to."""
+        n, k = len(self.trunk), len(self.branch)
+        return n * (n + 1) // 2 + k * (self.fork + 1) + k * (k + 1) // 2
+
+    def write(self, at, idx, targets, positions, ends):
+        """Write this document into row arrays (T,) from column `at` on; targets must be -1 beforehand."""
+        n, k, inner = len(self.trunk), len(self.branch), self.fork + 1
+        stop, trunk = at + n + k, np.arange(n)
+        columns = at + trunk + np.where(trunk < inner, 0, k)
+        branch = slice(at + inner, at + inner + k)
+        idx[columns], idx[branch] = self.trunk, self.branch
+        positions[columns], positions[branch] = trunk, np.arange(inner, inner + k)
+        ends[columns], ends[branch] = stop, at + inner + k
+        targets[columns[self.loss_from - 1:-1]] = self.trunk[self.loss_from:]
+
+
+@dataclass
+class Example:
+    """The documents of one example, and its pairs of views ((document, index of a token in it), the same): A predicts B."""
+    documents: list
+    pairs: list
+
+
+def lay_out(views, *, paired, marker, separator=None, preds=(), front=False, reverse=False, target_only=False, term=True):
+    """What is encoded of one example, each token once where its context allows: an Example.
+
+    views: token arrays. paired: they are (Text, Code), and the trunk is marker, Text, separator, Code, marker (the end
+    token); with the term, Code stands once more by itself, after a marker. Otherwise they are a group, every view is a
+    document marker, view, marker, and view i predicts view i + 1. View A ends in `preds`, the [PRED] tokens, a branch
+    behind its last token (none: it ends there itself); front: they stand before it, in a document of its own, since
+    that changes all its states. reverse: B and A change places. target_only: no loss on Text and separator.
+    term=False: the trunks alone, as without JEPA. Source: LLM-JEPA, arXiv 2509.14252.
+    """
+    def document(*parts, loss=True):
+        trunk = np.concatenate([np.atleast_1d(part) for part in parts])
+        return Document(trunk, 1 if loss else len(trunk))
+
+    def add(*parts):  # a document for the term alone; the place of its last token
+        documents.append(document(marker, *parts, loss=False))
+        return len(documents) - 1, len(documents[-1].trunk) - 1
+
+    if paired:
+        text, code = views
+        documents = [document(marker, text, separator, code, marker)]
+        documents[0].loss_from = len(text) + 2 if target_only else 1
+        views, ways = (text, code), [(0, 1)]
+        places = {0: (0, len(text))}  # the last token of a view, where it is encoded anyway
+    else:
+        documents = [document(marker, view, marker) for view in views]
+        ways = [(i, i + 1) for i in range(len(views) - 1)]
+        places = {i: (i, len(view)) for i, view in enumerate(views)}
+    pairs = []
+    for a, b in ways if term else ():
+        a, b = (b, a) if reverse else (a, b)
+        if front and len(preds):
+            end_a = add(preds, views[a])
+        else:
+            number, last = places[a] if a in places else add(views[a])
+            documents[number].branch, documents[number].fork = list(preds), last
+            end_a = number, last + len(preds)
+        pairs.append((end_a, places[b] if b in places else add(views[b])))
+    return Example(documents, pairs)
+
+
+def pack(examples, rows, T):
+    """Place the documents of every example inside one micro-batch of `rows` rows of T tokens, the longest example first.
+
+    First fit: the first micro-batch that has room, its first row that has. Returns, per example, (micro-batch,
+    [(row, column) per document]). ValueError where an example fits no empty micro-batch.
+    """
+    placed, free = [None] * len(examples), np.zeros((0, rows), dtype=np.int64)  # free: tokens left in each row
+    lengths = [[len(d) for d in e.documents] for e in examples]
+    for i in sorted(range(len(examples)), key=lambda i: -sum(lengths[i])):
+        total, longest = sum(lengths[i]), max(lengths[i])
+        for m in [*np.flatnonzero((free.sum(1) >= total) & (free.max(1, initial=0) >= longest)), len(free)]:
+            left = free[m].copy() if m < len(free) else np.full(rows, T)
+            places = [None] * len(lengths[i])
+            for n in sorted(range(len(places)), key=lambda n: -lengths[i][n]):
+                fits = np.flatnonzero(left >= lengths[i][n])
+                if not len(fits):
+                    break
+                places[n] = int(fits[0]), int(T - left[fits[0]])
+                left[fits[0]] -= lengths[i][n]
+            else:
+                break
+        else:
+            raise ValueError(f"an example of {len(places)} documents, {total} tokens with the term's, does not fit a micro-batch of {rows} rows of {T} "
+                             "tokens; lower GRAD_ACCUM_STEPS, or raise TRAIN_BATCH_TOKENS")
+        if m == len(free):
+            free = np.concatenate((free, left[None]))
+        free[m] = left
+        placed[i] = int(m), places
+    return placed
+
+
+def pair_views(h, a, b):
+    """The states (N, D), float32, at the places a and b (N,) of h (B, T, D), counted through all rows: two views of each pair."""
+    at_a, at_b = h.flatten(0, 1)[torch.stack((a, b))].float()
+    return at_a, at_b
+
+
 def noise_floor(h, at):
     """The length (B, S) under which a difference of states is rounding error: of that of h (B, T, D) at `at` (B, S), a
     thousandth, in bfloat16 (which rounds each number by up to 1/256) a 256th."""
@@ -91,12 +223,12 @@ def unit(u, floor):
     return u * torch.rsqrt(torch.where(squares > floor**2, squares, torch.inf))
 
 
-def distance(u, v, kind, weight=None, floor=None):
+def distance(u, v, kind, weight=None, floor=None, group=None):
     """How far views u are from v, both (..., D), in float32 whatever the autocast; a scalar.
 
     kind: cosine 1 - cos; l2 the norm of the difference; mse its mean square; infonce the cross entropy of finding v_i
-    among all v given u_i (cosines / 0.07; its negatives are the pairs of this call, that is of one micro-batch on one
-    rank, so unlike the others it depends on GRAD_ACCUM_STEPS and the number of ranks).
+    among all v given u_i (cosines / 0.07): the other v of this call are its negatives, but for those of i's own group
+    (...), int64. Unlike the other kinds it is no sum over parts of a batch, so a training step gives it all pairs at once.
     weight (...): the sum over pairs of weight * distance, pairs of weight 0 being no negatives either; default: the mean.
     floor (...), default 0: a vector no longer than this has no direction, its cosines count as 0 and get no gradient.
     Differences of equal states need that (before the first step a state is its token's embedding; later, repeated
@@ -113,10 +245,12 @@ def distance(u, v, kind, weight=None, floor=None):
             d = (u - v).square().mean(-1)
         elif kind == "infonce":
             cosines = unit(u, floor) @ unit(v, floor).T
-            if weight is not None:
-                absent = (weight.flatten() == 0) & ~torch.eye(len(u), dtype=torch.bool, device=u.device)
-                cosines = cosines.masked_fill(absent, -torch.inf)
-            d = F.cross_entropy(cosines / INFONCE_TEMPERATURE, torch.arange(len(u), device=u.device), reduction="none")
+            absent = torch.zeros_like(cosines, dtype=torch.bool) if weight is None else (weight.flatten() == 0).expand(len(u), -1)
+            if group is not None:
+                absent = absent | (group.flatten() == group.flatten()[:, None])
+            itself = torch.eye(len(u), dtype=torch.bool, device=u.device)
+            d = F.cross_entropy(cosines.masked_fill(absent & ~itself, -torch.inf) / INFONCE_TEMPERATURE,
+                                torch.arange(len(u), device=u.device), reduction="none")
         else:
             raise ValueError(f"JEPA_DISTANCE={kind!r} is none of {', '.join(DISTANCES)}")
         return d.mean() if weight is None else (d * weight.flatten()).sum()
@@ -130,3 +264,9 @@ def jepa_weight(progress, jepa_lambda, start_frac=0.0, end_frac=1.0, warmup_frac
     if jepa_lambda == 0 or not start_frac <= progress < end_frac:
         return None
     return jepa_lambda * (min(1.0, (progress - start_frac) / warmup_frac) if warmup_frac > 0 else 1.0)
+
+
+def keeps_term(seed, step, ratio):
+    """Whether this step computes the JEPA term at all, with probability ratio (random JEPA dropout, arXiv 2509.14252): the
+    same on every rank, and a function of seed and step alone."""
+    return ratio >= 1 or np.random.default_rng([seed, step, 2]).random() < ratio  # 2: not the stream of the data order

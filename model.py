@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class GPTConfig:
     mlp_mult: int
     tie_embeddings: bool = False
     value_embed: bool = True
+    predictor: bool = False  # a D x D matrix for an objective to use; the network doesn't
     logit_softcap: float = 30.0
     rope_base: float = 10_000.0
     dtype: torch.dtype = torch.float32  # of activations and matmuls; weights are kept in float32
@@ -56,6 +58,19 @@ def rotate(x, cos, sin):
     """Rotary position embedding (arXiv 2104.09864), halves layout. x (B, T, heads, K); cos, sin (B or 1, T, 1, K/2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
+
+
+def tree_mask(ends):
+    """Which key a query sees in rows of trees laid out depth first: those before it in whose subtree it lies.
+
+    ends (B, T): the index behind the last descendant of each token. A BlockMask for FlexAttention on CUDA, elsewhere a
+    boolean (B, 1, T, T) for scaled_dot_product_attention (FlexAttention has no backward on a CPU); the same rule.
+    """
+    B, T = ends.shape
+    if ends.is_cuda:
+        return create_block_mask(lambda b, h, q, k: (k <= q) & (q < ends[b, k]), B, None, T, T, device=ends.device)
+    token = torch.arange(T, device=ends.device)
+    return ((token <= token[:, None]) & (token[:, None] < ends[:, None, :]))[:, None]
 
 
 class KVCache:
@@ -97,7 +112,10 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, K)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.gqa)
+        if isinstance(mask, BlockMask):
+            y = flex_attention(q, k, v, block_mask=mask, enable_gqa=self.gqa)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.gqa)
         return self.proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -130,6 +148,9 @@ class GPT(nn.Module):
             nn.init.zeros_(self.value_embed.weight)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, 0)
+        self.predictor = Linear(c.model_dim, c.model_dim, 0) if c.predictor else None
+        if c.predictor:
+            nn.init.eye_(self.predictor.weight)
 
     def check_tap(self, tap):
         """Raise ValueError unless tap names a layer."""
@@ -142,7 +163,7 @@ class GPT(nn.Module):
 
         idx (B, T) int64; tap: -1 for the stream after the last block, before the final norm, or k for the stream after
         block k; positions (B, T), 0.. or continuing the cache by default; mask (B or 1, 1, T, S), True where a query may
-        see a key, causal by default; cache: a KVCache, which is advanced by T.
+        see a key, or a BlockMask, causal by default; cache: a KVCache, which is advanced by T.
         Returns (x, x_tap), both (B, T, D); with tap -1 they are the same tensor.
         """
         self.check_tap(tap)
@@ -180,6 +201,14 @@ class GPT(nn.Module):
     def cross_entropy(self, x, targets, reduction="sum"):
         """Next-token cross entropy in nats of targets (B, T), -1 where there is none, summed (or "none": (B*T,))."""
         return F.cross_entropy(self.logits(x).flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
+
+    def flops(self, tokens, visible_pairs):
+        """Matrix FLOPs of forward and backward over so many tokens, of which queries see so many keys in all: 6 for each
+        weight of a matrix and token, 12 for each width and pair (arXiv 2001.08361, appendix B of 2204.02311)."""
+        c = self.config
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear) and m is not self.predictor)
+        weights += self.embed.weight.numel() if self.head is None else 0
+        return 6 * weights * tokens + 12 * c.num_layers * c.model_dim * visible_pairs
 
     def forward(self, idx, targets):
         x, _ = self._run_blocks(idx, -1)

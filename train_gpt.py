@@ -1,12 +1,10 @@
 """Pretrain a GPT with next-token cross entropy and one JEPA term: `JEPA_LAMBDA=0.1 torchrun --standalone train_gpt.py`.
 
-One process on a CPU or a GPU, or torchrun on many. Read from top to bottom: config, data, optimizer, the training
-step, evaluation, artifact, logs, the loop. The term itself is in jepa.py, the network in model.py.
+One process on a CPU or a GPU, or torchrun on many. Read from top to bottom: config, optimizer, the training step,
+evaluation, logs, the loop. The term itself is in jepa.py, the network in model.py, the data in loader.py.
 Shapes: B rows, T tokens, D width, S spans a row, V vocabulary; G rows of the global batch (all ranks, all micro-batches).
 """
-import bisect
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -16,7 +14,6 @@ import resource
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +24,12 @@ import yaml
 
 import jepa
 from config import check_ranges, knob, load_config
-from data.shards import META_KEYS, check_shard, read_shard, token_table
-from model import GPT, GPTConfig, Linear
+from loader import open_data
+from model import GPT, GPTConfig, Linear, norm, tree_mask
 from weights import dequantize, load_weights, quantize, to_safetensors
 
 ROOT = Path(__file__).resolve().parent
-EMBEDDED_DATA = "data/stdlib"
-SOURCES = ("train_gpt.py", "model.py", "jepa.py", "config.py", "weights.py", "data/shards.py")  # logged, and counted in the artifact
+SOURCES = ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "data/shards.py")  # logged, and counted in the artifact
 
 # ----------------------------------------------------------------------------------------------------------- config
 
@@ -42,18 +38,22 @@ SOURCES = ("train_gpt.py", "model.py", "jepa.py", "config.py", "weights.py", "da
 class Config:
     """Every setting: default, what it does, range. config.py says where else a value may come from."""
     # data
-    data_path: str = knob(EMBEDDED_DATA, "folder with *_train_*.bin and *_val_*.bin; the default is prepared where it is missing")
+    data_path: str = knob("data/stdlib", "folder with *_train_*.bin and *_val_*.bin; data/stdlib, data/nlregex and data/nlregex_groups are made where they are missing")
     tokenizer: str = knob("", "for shards without meta.json: a tiktoken name or a file of ranks, which gives the bytes per token")
     doc_token: int = knob(50256, "for shards without meta.json: the token id that begins a document")
     vocab_size: int = knob(0, "rows of the embedding; 0: the tokenizer's size. A multiple of 64 is faster on a GPU", 0)
     val_tokens: int = knob(0, "tokens of the val split that are evaluated, off the clock; 0: all", 0)
+    loss_on: str = knob("all", "pairs: all, cross entropy on every token; target, on the second text and its end token only")
+    long_examples: str = knob("stop", "pairs and groups that a row can't hold: stop; skip, they are counted; truncate, the longer text's tail goes")
     # length of the run
     iterations: int = knob(10_000, "steps at most", 1)
     max_wallclock_seconds: float = knob(150.0, "training time at most, s, without compilation and validation; 0: no cap", 0)
+    train_flops: float = knob(0.0, "stop at the step that reaches so many FLOPs, forward and backward, padding counted; 0: no cap", 0)
     target_val_loss: float = knob(0.0, "stop at the first validation at or below this, nats per token; 0: never", 0)
-    train_batch_tokens: int = knob(4096, "tokens per step over all ranks and micro-batches", 1)
+    train_batch_tokens: int = knob(4096, "tokens per step over all ranks and micro-batches; of pairs data, those of the trunks", 1)
     train_seq_len: int = knob(256, "tokens per row; attention costs its square", 1)
-    grad_accum_steps: int = knob(0, "micro-batches per step and rank, less memory and the same step; 0: as few as keep one at 65,536 tokens", 0)
+    grad_accum_steps: int = knob(0, "micro-batches per step and rank, less memory and the same step; 0: as few as keep one at 65,536 tokens. "
+                                 "Of pairs data, how many the trunks alone would fill: a step has as many of that size as its layout needs; 0: at least 8", 0)
     # model
     num_layers: int = knob(6, "blocks; time, memory and parameters grow with it")
     model_dim: int = knob(256, "width of the residual stream; the matrices grow with its square")
@@ -72,14 +72,22 @@ class Config:
     warmdown_frac: float = knob(0.5, "the last fraction of the run, over which learning rates fall to zero", 0, 1)
     # JEPA
     jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time", 0)
+    jepa_objective: str = knob("span", "span: inside a row or document; pair: the two texts of a pair, or neighbours in a group")
+    jepa_gamma: float = knob(1.0, "weight of the cross entropy where JEPA_LAMBDA is above 0", 0)
+    jepa_ratio: float = knob(1.0, "chance that a step computes the term; a step without it costs a plain one. Below 1 costs a second training graph", 0, 1)
     jepa_max_span_frac: float = knob(0.5, "longest span over the length of its document fragment (or row)", 0, 1)
     jepa_start_frac: float = knob(0.0, "fraction of the run after which the term starts; costs a second training graph", 0, 1)
     jepa_end_frac: float = knob(1.0, "fraction of the run after which it goes off again; below 1 costs a second training graph", 0, 1)
     jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start; costs nothing", 0, 1)
     jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k; costs nothing")
-    jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce")
+    jepa_norm: int = knob(-1, "1: compare states after the final norm, 0: before it; -1: 1 for pair, 0 for span", -1, 1)
+    jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce, which costs one more forward pass")
     jepa_spans: int = knob(1, "spans per row; each costs four gathered states", 1)
-    jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row")
+    jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row; in pairs data always inside")
+    jepa_pred_tokens: int = knob(1, "pair: [PRED] tokens behind view A, which they encode; each costs a token", 0, jepa.MAX_PRED_TOKENS)
+    jepa_pred_position: str = knob("end", "pair: end, [PRED] behind view A; front, before it, which encodes that view once more")
+    jepa_reverse: bool = knob(False, "pair: 1: the second text predicts the first")
+    jepa_predictor: str = knob("identity", "pair: linear: a trained model_dim x model_dim matrix on view A")
     # evaluation and logs
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end", 0)
     eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost", 0)
@@ -98,6 +106,13 @@ class Config:
         for name, wrong, rule in (
                 ("jepa_max_span_frac", self.jepa_max_span_frac == 0, "must be above 0"),
                 ("jepa_distance", self.jepa_distance not in jepa.DISTANCES, f"must be one of {', '.join(jepa.DISTANCES)}"),
+                ("jepa_objective", self.jepa_objective not in ("span", "pair"), "must be span or pair"),
+                ("jepa_ratio", self.jepa_ratio == 0, "must be above 0; without the term at all it is JEPA_LAMBDA=0"),
+                ("jepa_pred_position", self.jepa_pred_position not in ("end", "front"), "must be end or front"),
+                ("jepa_predictor", self.jepa_predictor not in ("identity", "linear"), "must be identity or linear"),
+                ("jepa_predictor", self.jepa_lambda and self.jepa_predictor == "linear" and self.jepa_objective == "span", "needs JEPA_OBJECTIVE=pair"),
+                ("loss_on", self.loss_on not in ("all", "target"), "must be all or target"),
+                ("long_examples", self.long_examples not in ("stop", "skip", "truncate"), "must be stop, skip or truncate"),
                 ("jepa_layer", not -1 <= self.jepa_layer < self.num_layers, f"must be -1, or a block from 0 to {self.num_layers - 1}"),
                 ("jepa_start_frac", self.jepa_lambda and self.jepa_start_frac >= min(1, self.jepa_end_frac),
                  f"with JEPA_LAMBDA above 0 it must be below JEPA_END_FRAC={self.jepa_end_frac}, or the term never runs"),
@@ -107,123 +122,6 @@ class Config:
                 ("run_id", not re.fullmatch(r"[\w.-]*", self.run_id), "may hold letters, digits, '_', '.' and '-' only")):
             if wrong:
                 raise ValueError(f"{name.upper()}={getattr(self, name)}: {rule}")
-
-
-# ------------------------------------------------------------------------------------------------------------- data
-
-
-class TokenData:
-    """The shards of DATA_PATH: training rows in a seeded order, the val split, and what is known of the tokens.
-
-    This process checks one of `parts` parts of the shards, those of one node share them. The batch of a step is a function of seed and step
-    alone, so the loader has no state. An epoch is a permutation of all rows; the tail of a shard that fills no row is
-    left out.
-    """
-
-    def __init__(self, cfg, folder=None, part=0, parts=1):
-        self.cfg, self.folder = cfg, Path(folder or cfg.data_path)
-        if not self.folder.is_dir():
-            raise ValueError(f"DATA_PATH={cfg.data_path}: no such folder; make one with a script in data/ (README, Data)")
-        meta_file = self.folder / "meta.json"
-        try:
-            self.meta = json.loads(meta_file.read_text()) if meta_file.exists() else None
-        except ValueError as e:
-            raise ValueError(f"{meta_file}: not valid JSON ({e}); make the data again") from None
-        if self.meta is not None and not (isinstance(self.meta, dict) and META_KEYS <= self.meta.keys()):
-            raise ValueError(f"{meta_file}: not a meta.json of data/ (it has {', '.join(sorted(META_KEYS))}); remove it, or make the data again")
-        files = {split: sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
-        for split, found in files.items():
-            if not found:
-                raise ValueError(f"DATA_PATH={cfg.data_path}: no *_{split}_*.bin in it; make shards with a script in data/ (README, Data)")
-        if both := set(files["train"]) & set(files["val"]):
-            raise ValueError(f"{min(both)}: both *_train_* and *_val_* fit its name; rename it")
-        shards = self.meta["shards"] if self.meta else {}
-        if self.meta and (odd := {f.name for found in files.values() for f in found} ^ set(shards)):
-            raise ValueError(f"{meta_file} and the shards beside it disagree on {', '.join(sorted(odd))}; make the data again")
-        self.train, self.val = ([read_shard(f) for f in files[split]] for split in ("train", "val"))
-
-        mine = [(f, tokens) for split in files for f, tokens in zip(files[split], getattr(self, split))][part::parts]
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            largest = list(pool.map(lambda m: check_shard(*m, shards.get(m[0].name, {}).get("sha256")), mine))
-        self.load_vocabulary(max(largest, default=0))
-        for (file, _), token in zip(mine, largest):
-            if token >= self.known_size:
-                raise ValueError(f"{file}: token {token} is outside the vocabulary of {self.known_size}; set VOCAB_SIZE or the right TOKENIZER")
-        T = cfg.train_seq_len
-        self.val_size = min(cfg.val_tokens or math.inf, sum(map(len, self.val)))
-        if self.val_size < T + 1:
-            raise ValueError(f"the val split of {cfg.data_path} has {self.val_size} tokens (VAL_TOKENS={cfg.val_tokens}), fewer than a row of "
-                             f"TRAIN_SEQ_LEN={T} and its last target; lower TRAIN_SEQ_LEN or make a larger split")
-        self.first_row = np.cumsum([0] + [(len(tokens) - 1) // T for tokens in self.train])  # of each shard; last: all rows
-        if not self.first_row[-1]:
-            raise ValueError(f"no train shard of {cfg.data_path} holds a row of TRAIN_SEQ_LEN={T} tokens; lower it")
-        self.order = (None, None)  # (epoch, its permutation of rows)
-
-    def load_vocabulary(self, largest):
-        """Vocabulary size, document marker, bytes per token and the tokens' bytes, from meta.json or TOKENIZER; with
-        neither, the size follows from the largest token, and no_bpb says why there is no val_bpb."""
-        tokenizer = self.folder / self.meta["tokenizer"]["file"] if self.meta else self.cfg.tokenizer
-        self.token_table = token_table(str(tokenizer)) if tokenizer else None
-        self.bytes_per_token = np.array([len(token) for token in self.token_table], dtype=np.int64) if tokenizer else None
-        self.doc_token = self.meta["doc_token"] if self.meta else self.cfg.doc_token
-        self.no_bpb = None if tokenizer else f"{self.folder} has no meta.json and TOKENIZER is not set, so the bytes per token are unknown"
-        if self.meta:
-            self.bytes_per_token = np.array(self.meta["bytes_per_token"], dtype=np.int64)
-        if dist.is_initialized():  # each rank has seen its part of the shards
-            shared = torch.tensor(largest)
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-            largest = shared.item()
-        known = len(self.bytes_per_token) if tokenizer else self.cfg.vocab_size or -(-(largest + 1) // 64) * 64
-        self.vocab_size = self.cfg.vocab_size or known
-        self.known_size = min(known, self.vocab_size)  # ids from here on never occur
-
-    def batch(self, step, rows, first_row, count):
-        """Rows first_row.. of the `rows` rows of this step's global batch: idx and targets, int64 CPU tensors (count, T)."""
-        T, total = self.cfg.train_seq_len, int(self.first_row[-1])
-        out = np.empty((count, T + 1), dtype=np.int64)
-        for i in range(count):
-            epoch, n = divmod(step * rows + first_row + i, total)
-            if self.order[0] != epoch:
-                self.order = epoch, np.random.default_rng([self.cfg.seed, epoch]).permutation(total)
-            row = int(self.order[1][n])
-            shard = bisect.bisect_right(self.first_row, row) - 1
-            start = (row - int(self.first_row[shard])) * T
-            out[i] = self.train[shard][start:start + T + 1]
-        out = torch.from_numpy(out)
-        return out[:, :-1].contiguous(), out[:, 1:].contiguous()
-
-    def val_windows(self):
-        """Yield idx, targets (T,) that score every token of the val split but each shard's first exactly once.
-
-        Rows lie side by side, or advance by EVAL_STRIDE tokens, so that a target sees at least T - EVAL_STRIDE tokens
-        where there are so many. Targets are -1 where the window before has scored them, and behind the end.
-        """
-        T, left = self.cfg.train_seq_len, self.val_size
-        for tokens in self.val:
-            tokens = tokens[:left]
-            left -= len(tokens)
-            for done in range(0, len(tokens) - 1, self.cfg.eval_stride or T):
-                end = min(done + (self.cfg.eval_stride or T), len(tokens) - 1)
-                start = max(0, end - T)
-                idx, targets = np.zeros(T, dtype=np.int64), np.full(T, -1, dtype=np.int64)
-                idx[:end - start] = tokens[start:end]
-                targets[done - start:end - start] = tokens[done + 1:end + 1]
-                yield idx, targets
-
-
-def open_data(cfg):
-    """The TokenData of a run; prepares the embedded corpus where DATA_PATH is the default and missing, once a node."""
-    folder = ROOT / EMBEDDED_DATA if cfg.data_path == EMBEDDED_DATA else Path(cfg.data_path)
-    rank, local_rank, local_world_size = (int(os.environ.get(name, default)) for name, default in
-                                          (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    for first in (rank == 0, local_rank == 0):  # the nodes may share a disk: then the first rank has done it for all
-        if cfg.data_path == EMBEDDED_DATA and first and not folder.exists():
-            from data import stdlib
-            print("no data on disk: preparing the embedded corpus, the Python standard library", flush=True)
-            stdlib.main(folder)
-        if dist.is_initialized():
-            dist.barrier()
-    return TokenData(cfg, folder, local_rank, local_world_size)
 
 
 # -------------------------------------------------------------------------------------------------------- optimizer
@@ -282,8 +180,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model, cfg):
-    """[Muon for the blocks' matrices, Adam for the rest]; every parameter of the model is in exactly one group."""
-    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+    """[Muon for the matrices of blocks and predictor, Adam for the rest]; every parameter of the model is in exactly one group."""
+    matrices = [m.weight for m in model.modules() if isinstance(m, Linear) and m is not model.head]
     embeds, heads, values = ([] if m is None else [m.weight] for m in (model.embed, model.head, model.value_embed))
     taken = set(map(id, matrices + embeds + heads + values))
     scalars = [p for p in model.parameters() if id(p) not in taken]
@@ -300,8 +198,9 @@ def build_optimizers(model, cfg):
 
 
 @dataclass
-class Layout:
-    """Who does what: this rank holds local_rows of the global batch's rows, from first_row on, micro_rows at a time."""
+class Share:
+    """Who does what: this rank holds local_rows of the global batch's rows, from first_row on, micro_rows at a time. (Of
+    pairs data only micro_rows counts: examples fill as many micro-batches as they need, one of the ranks in turn.)"""
     rank: int
     world_size: int
     device: torch.device
@@ -311,76 +210,114 @@ class Layout:
     micro_rows: int
 
 
-def divide_batch(cfg, rank, world_size, device):
-    """The Layout of a run; ValueError where TRAIN_BATCH_TOKENS doesn't come out even."""
+def divide_batch(cfg, rank, world_size, device, least=1):
+    """The Share of this rank; ValueError where TRAIN_BATCH_TOKENS doesn't come out even. least: micro-batches per step and
+    rank, where the config leaves their number open."""
     T, rows = cfg.train_seq_len, cfg.train_batch_tokens // cfg.train_seq_len
-    fits = (n for n in range(1, rows + 1) if rows % (n * world_size) == 0 and rows * T <= 65_536 * n * world_size)
-    accum = cfg.grad_accum_steps or next(fits, 1)
+    fits = [n for n in range(1, rows + 1) if rows % (n * world_size) == 0 and rows * T <= 65_536 * n * world_size]
+    accum = cfg.grad_accum_steps or next((n for n in fits if n >= least), max(fits, default=1))
     if cfg.train_batch_tokens % (world_size * accum * T):
         raise ValueError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens} must be a multiple of ranks x GRAD_ACCUM_STEPS x TRAIN_SEQ_LEN = "
                          f"{world_size} x {accum} x {T}")
     local = rows // world_size
-    return Layout(rank, world_size, device, rows, local, rank * local, local // accum)
+    return Share(rank, world_size, device, rows, local, rank * local, local // accum)
 
 
-def training_loss(model, idx, targets, num_targets, jepa_layer=-1, jepa_distance=None, spans=None, jepa_lambda=None):
-    """CE + lambda * JEPA of one micro-batch: what is compiled, one graph without the term and one with it.
+def training_loss(model, cfg, batch, jepa_lambda=None, views_only=False):
+    """gamma * CE + lambda * JEPA of one micro-batch: what is compiled, one graph without the term and one with it.
 
-    num_targets: targets of the global batch, so that micro-batches and ranks add up to its mean. spans: (a, b, start,
-    end, weight), weight being 1 / spans of the global batch, or 0; None: no term, and not a trace of it in the graph.
-    jepa_lambda: 0-dim tensor. Returns (CE,), or (CE + lambda * JEPA, CE, JEPA), the last two detached.
+    batch: a loader.Batch. Its num_targets and the weights in its views are of the global batch, so that micro-batches and
+    ranks add up to its means. jepa_lambda: 0-dim tensor; views None: no term, and not a trace of it in the graph.
+    Returns (CE,), or (gamma * CE + lambda * JEPA, CE, JEPA), the last two detached; without the term CE times gamma too.
+    views_only: what jepa_views returns instead, for share_infonce.
     """
-    x, h = model._run_blocks(idx, jepa_layer)
-    ce = model.cross_entropy(x, targets) / num_targets
-    if spans is None:
-        return (ce,)
-    a, b, start, end, weight = spans
-    term = jepa.distance(*jepa.span_views(h, a, b, start, end), jepa_distance, weight, jepa.noise_floor(h, b))
-    return ce + jepa_lambda * term, ce.detach(), term.detach()
+    mask = None if batch.ends is None else tree_mask(batch.ends)
+    x, h = model._run_blocks(batch.idx, cfg.jepa_layer, batch.positions, mask)
+    if views_only:
+        return jepa_views(model, cfg, h, batch.views)
+    ce = model.cross_entropy(x, batch.targets) / batch.num_targets
+    gamma = cfg.jepa_gamma if cfg.jepa_lambda else 1.0
+    loss = ce if gamma == 1 else gamma * ce
+    if batch.views is None:
+        return (loss,) if gamma == 1 else (loss, ce.detach())
+    u, v, weight, floor, _ = jepa_views(model, cfg, h, batch.views)
+    if batch.pull is None:
+        term = jepa.distance(u, v, cfg.jepa_distance, weight, floor)
+    else:  # its gradient is that of the whole step's term, its value means nothing
+        term = (u * batch.pull[0] + v * batch.pull[1]).sum()
+    return loss + jepa_lambda * term, ce.detach(), term.detach()
 
 
-def draw_spans(cfg, data, layout, step, idx):
-    """Spans of this rank's rows idx: a, b, start, end and weight, each (local rows, S), as training_loss wants them.
+def jepa_views(model, cfg, h, views):
+    """What jepa.distance compares of the tapped states h (B, T, D), where a Batch's views say: (view A, view B, weight, floor, group)."""
+    pair = cfg.jepa_objective == "pair"
+    if cfg.jepa_norm == 1 or cfg.jepa_norm == -1 and pair:
+        h = norm(h)
+    if not pair:
+        a, b, start, end, weight = views
+        return *jepa.span_views(h, a, b, start, end), weight, jepa.noise_floor(h, b), None
+    a, b, weight, group = views
+    u, v = jepa.pair_views(h, a, b)
+    return u if model.predictor is None else model.predictor(u), v, weight, None, group
 
-    Their generator is seeded by seed and step alone, so a run that starts the term late draws the same.
+
+def share_infonce(model, loss_fn, cfg, batches, share):
+    """InfoNCE over all pairs of the step: its value, and in every batch the gradient with respect to its views as `pull`.
+
+    A first pass without gradients collects the views of all micro-batches and ranks, so that the negatives are the step's
+    however it is divided; it costs one more forward pass. Source: gradient caching, arXiv 2101.06983.
     """
-    generator = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-    *positions, weight = jepa.sample_spans(
-        idx, generator, spans=cfg.jepa_spans, max_span_frac=cfg.jepa_max_span_frac,
-        doc_token=data.doc_token if cfg.jepa_doc else None, total_rows=layout.rows, first_row=layout.first_row)
-    count = weight.sum()
-    if layout.world_size > 1:
-        dist.all_reduce(count)  # a CPU tensor: over gloo, so the GPU is not waited for
-    return *positions, weight / count.clamp(min=1)
+    with torch.no_grad():
+        collected = zip(*(loss_fn(model, cfg, batch, views_only=True) for batch in batches))
+        own = [None if parts[0] is None else torch.stack(parts) for parts in collected]
+        whole = [None if t is None else t[None] if share.world_size == 1 else torch.stack(gather_ranks(t)) for t in own]
+    u, v = (t.requires_grad_() for t in whole[:2])
+    value = jepa.distance(u, v, "infonce", *whole[2:])
+    value.backward()
+    for batch, *pull in zip(batches, u.grad[share.rank], v.grad[share.rank]):
+        batch.pull = tuple(pull)
+    return value.detach()
 
 
-def accumulate_gradients(model, loss_fn, cfg, data, layout, step, jepa_lambda):
+def gather_ranks(tensor):
+    """The tensors of all ranks, a list."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
+
+
+def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda):
     """Forward and backward of this rank's share of a step; gradients are left in .grad, to be summed over the ranks.
 
     loss_fn: training_loss, compiled or not. jepa_lambda: float, or None for no term. Returns the global mean losses,
-    a tensor (CE,) or (CE, JEPA) on the device.
+    a tensor (CE,) or (CE, JEPA) on the device, and the FLOPs of the step over all ranks.
     """
-    batch = data.batch(step, layout.rows, layout.first_row, layout.local_rows)
-    weight = None
-    if jepa_lambda is not None:
-        batch += draw_spans(cfg, data, layout, step, batch[0])
-        weight = torch.full((), jepa_lambda, device=layout.device)  # a fill: a copy from the host would wait for the GPU
-    if layout.device.type == "cuda":
-        batch = [t.pin_memory().to(layout.device, non_blocking=True) for t in batch]
+    term = jepa_lambda is not None
+    batches, cost = data.load(step, share, term)
+    batches = [batch.to(share.device) for batch in batches]
+    weight = torch.full((), jepa_lambda, device=share.device) if term else None  # a fill: a copy from the host would wait for the GPU
+    infonce = share_infonce(model, loss_fn, cfg, batches, share) if term and cfg.jepa_distance == "infonce" else None
     losses = 0
-    for idx, targets, *spans in zip(*(t.split(layout.micro_rows) for t in batch)):
-        loss, *terms = loss_fn(model, idx, targets, layout.rows * cfg.train_seq_len, cfg.jepa_layer, cfg.jepa_distance,
-                               tuple(spans) or None, weight)
+    for batch in batches:
+        loss, *terms = loss_fn(model, cfg, batch, weight)
         loss.backward()
         losses += torch.stack(terms or [loss.detach()])
-    if layout.world_size > 1:
+    if share.world_size > 1:
         dist.all_reduce(losses)
-    return losses
+    if infonce is not None:
+        losses[1] = infonce
+    flops = model.flops(*cost)
+    return losses, flops * 4 / 3 if infonce is not None else flops
 
 
 def apply_gradients(optimizers, progress, cfg):
     """One optimizer step with the learning rates of this moment of the run; clears the gradients."""
     muon, adam = optimizers
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is None:  # the predictor, in a step without the term
+                    p.grad = torch.zeros_like(p)
     if dist.is_initialized():
         for group in adam.param_groups:
             for p in group["params"]:
@@ -396,34 +333,28 @@ def apply_gradients(optimizers, progress, cfg):
 # ------------------------------------------------------------------------------------------------------- evaluation
 
 
-def row_losses(model, idx, targets):
+def row_losses(model, batch):
     """Cross entropy in nats summed over each row's targets: (B,)."""
-    x, _ = model._run_blocks(idx, -1)
-    return model.cross_entropy(x, targets, reduction="none").view(idx.shape).sum(1)
+    x, _ = model._run_blocks(batch.idx, -1, batch.positions, None if batch.ends is None else tree_mask(batch.ends))
+    return model.cross_entropy(x, batch.targets, reduction="none").view(batch.idx.shape).sum(1)
 
 
 @torch.no_grad()
-def evaluate(model, eval_fn, data, layout, log):
-    """(val_loss in nats per token, val_bpb in bits per UTF-8 byte of text or None) over the val split, the same at any rank count."""
-    total = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes of text
-    windows = itertools.islice(data.val_windows(), layout.rank, None, layout.world_size)
-    count = data.val_size / (data.cfg.eval_stride or data.cfg.train_seq_len)
-    began = said = time.perf_counter()
-    for n in itertools.count(1):
-        batch = list(itertools.islice(windows, layout.micro_rows))
-        if not batch:
-            break
-        idx, targets = (torch.from_numpy(np.stack(t)) for t in zip(*batch))
-        missing = layout.micro_rows - len(batch)  # one shape, one graph
-        idx, targets = torch.nn.functional.pad(idx, (0, 0, 0, missing)), torch.nn.functional.pad(targets, (0, 0, 0, missing), value=-1)
-        nats = eval_fn(model, idx.to(layout.device), targets.to(layout.device)).double().sum()
-        scored = targets[targets >= 0].numpy()
+def evaluate(model, eval_fn, data, share, log):
+    """(val_loss in nats per target, val_bpb in bits per UTF-8 byte of text or None) over the val split, the same at any rank count."""
+    total = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes of text
+    began = said = None
+    for done, batch in data.val_batches(share):
+        nats = eval_fn(model, batch.to(share.device)).double().sum()
+        scored = batch.targets[batch.targets >= 0].numpy()
         total += torch.tensor([nats.item(), len(scored), data.bytes_per_token[scored].sum() if data.bytes_per_token is not None else 0],
                               dtype=torch.float64)
-        if time.perf_counter() - said > 20:
-            said, part = time.perf_counter(), n * layout.micro_rows * layout.world_size / count
-            log.line(f"evaluating: {part:.0%}, {(said - began) * (1 / part - 1):.0f} s left")
-    if layout.world_size > 1:
+        if began is None:  # the first batch has compiled
+            began, said, first = time.perf_counter(), time.perf_counter(), done
+        elif time.perf_counter() - said > 20:
+            said = time.perf_counter()
+            log.line(f"evaluating: {done:.0%}, {(said - began) * (1 - done) / (done - first):.0f} s left")
+    if share.world_size > 1:
         dist.all_reduce(total)
     nats, tokens, text_bytes = total.tolist()
     return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
@@ -467,14 +398,15 @@ class RunLog:
             print(text, flush=True)
             self.note(text)
 
-    def metrics(self, step, train_time, values):
-        """Write a log line `step:.. name:value .. train_time:..ms step_avg:..ms`, a line of metrics.jsonl, and to wandb."""
+    def metrics(self, step, train_time, values, more={}):
+        """Write a log line `step:.. name:value .. train_time:..ms step_avg:..ms`, a line of metrics.jsonl, and to wandb;
+        more: values for the latter two only."""
         if self.rank:
             return
         ms = 1000 * train_time
         shown = " ".join(f"{k}:{v:.4f}" for k, v in values.items() if v is not None)
         self.line(f"step:{step}/{self.iterations} {shown} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
-        row = {"step": step, **values, "train_time": train_time}
+        row = {"step": step, **values, **more, "train_time": train_time}
         with open(self.folder / "metrics.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
         if self.wandb:
@@ -518,70 +450,74 @@ class Clock:
         return self.passed + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
 
-def run_progress(cfg, step, clock, layout):
-    """Fraction of the run that is done, as rank 0 sees it: the larger of steps and seconds. 1 or more: stop."""
-    progress = step / cfg.iterations
+def run_progress(cfg, step, flops, clock, share):
+    """Fraction of the run that is done, as rank 0 sees it: the largest of steps, FLOPs and seconds. 1 or more: stop."""
+    progress = max(step / cfg.iterations, flops / cfg.train_flops if cfg.train_flops else 0)
     if cfg.max_wallclock_seconds:
         progress = max(progress, clock.now() / cfg.max_wallclock_seconds)
-    if layout.world_size > 1:
+    if share.world_size > 1:
         shared = torch.tensor(progress, dtype=torch.float64)
         dist.broadcast(shared, 0)  # a CPU tensor: over gloo, so the GPU is not waited for
         progress = shared.item()
     return progress
 
 
-def jepa_schedule(cfg, progress):
+def jepa_schedule(cfg, progress, step):
+    """Lambda in this step, or None where it has no term."""
+    if not jepa.keeps_term(cfg.seed, step, cfg.jepa_ratio):
+        return None
     return jepa.jepa_weight(progress, cfg.jepa_lambda, cfg.jepa_start_frac, cfg.jepa_end_frac, cfg.jepa_warmup_frac)
 
 
 def needed_graphs(cfg):
     """The training graphs a run will need, as values of jepa_lambda: None for plain, and lambda with the term; in one order on all ranks."""
-    on = {jepa_schedule(cfg, p) is not None for p in (0.0, cfg.jepa_start_frac, cfg.jepa_end_frac) if p < 1}
+    on = {jepa.jepa_weight(p, cfg.jepa_lambda, cfg.jepa_start_frac, cfg.jepa_end_frac) is not None
+          for p in (0.0, cfg.jepa_start_frac, cfg.jepa_end_frac) if p < 1} | ({False} if cfg.jepa_ratio < 1 else set())
     return [cfg.jepa_lambda if term else None for term in sorted(on)]
 
 
-def warm_up(model, loss_fn, cfg, data, layout):
+def warm_up(model, loss_fn, cfg, data, share):
     """Compile every graph of the training step and load the kernels, then put the weights back. The loader and the span
     generator have no state; the optimizers used here are thrown away."""
     before = {name: w.clone() for name, w in model.state_dict().items()}
     try:
         for weight in needed_graphs(cfg):
-            accumulate_gradients(model, loss_fn, cfg, data, layout, 0, weight)
+            accumulate_gradients(model, loss_fn, cfg, data, share, 0, weight)
             apply_gradients(build_optimizers(model, cfg), 0.0, cfg)
     finally:
         model.load_state_dict(before)
         model.zero_grad()
 
 
-def train(model, loss_fn, eval_fn, cfg, data, layout, log):
+def train(model, loss_fn, eval_fn, cfg, data, share, log):
     """Train to the end of the run and return its results: steps, train_seconds, val_loss, val_bpb and, with
     TARGET_VAL_LOSS, time_to_target. ValueError where the loss is no longer finite."""
     optimizers = build_optimizers(model, cfg)
-    clock, step, pending, reported, result = Clock(layout.device), 0, None, 0, {"time_to_target": None}
-    if layout.world_size > 1:
+    clock, step, flops, pending, reported, result = Clock(share.device), 0, 0.0, None, 0, {"time_to_target": None}
+    if share.world_size > 1:
         dist.barrier()  # all have compiled: the clock is nobody's waiting
     clock.start()
 
     def settle(pending):
         """Log the losses of the step before: reading them one step late keeps the device busy."""
-        number, losses, copied, train_time = pending
+        number, losses, copied, train_time, cost = pending
         if copied is not None:
             copied.synchronize()
         losses = losses.tolist()
         if not all(map(math.isfinite, losses)):
             raise ValueError(f"non-finite loss at step {number} ({losses}): lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
         if number <= 5 or number % cfg.train_log_every == 0:
-            log.metrics(number, train_time, dict(zip(("train_loss", "jepa_loss"), losses)))
+            log.metrics(number, train_time, dict(zip(("train_loss", "jepa_loss"), losses)), cost)
 
     while True:
-        progress = run_progress(cfg, step, clock, layout)
+        progress = run_progress(cfg, step, flops, clock, share)
         done = progress >= 1
         if done or (cfg.val_loss_every and step and step % cfg.val_loss_every == 0):
             if pending:
                 settle(pending)
                 pending = None
             clock.stop()
-            val_loss, val_bpb = evaluate(model, eval_fn, data, layout, log)
+            val_loss, val_bpb = evaluate(model, eval_fn, data, share, log)
             log.metrics(step, clock.passed, {"val_loss": val_loss, "val_bpb": val_bpb})
             if not math.isfinite(val_loss):
                 raise ValueError(f"non-finite val_loss at step {step}: lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
@@ -589,18 +525,19 @@ def train(model, loss_fn, eval_fn, cfg, data, layout, log):
                 log.line(f"target_val_loss:{cfg.target_val_loss} reached at step {step} after train_time:{1000 * clock.passed:.0f}ms")
                 result["time_to_target"], done = clock.passed, True
             if done:
-                return result | {"steps": step, "train_seconds": clock.passed, "val_loss": val_loss, "val_bpb": val_bpb}
+                return result | {"steps": step, "train_seconds": clock.passed, "train_flops": flops, "val_loss": val_loss, "val_bpb": val_bpb}
             clock.start()
-        losses, copied = accumulate_gradients(model, loss_fn, cfg, data, layout, step, jepa_schedule(cfg, progress)), None
-        if layout.device.type == "cuda":
+        losses, step_flops = accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_schedule(cfg, progress, step))
+        copied = None
+        if share.device.type == "cuda":
             losses = torch.empty(losses.shape, pin_memory=True).copy_(losses, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
         apply_gradients(optimizers, progress, cfg)
-        step += 1
+        step, flops = step + 1, flops + step_flops
         if pending:
             settle(pending)
-        pending = step, losses, copied, clock.now()
+        pending = step, losses, copied, clock.now(), {"step_flops": step_flops, "train_flops": flops}
         if int(10 * progress) > reported:
             reported = int(10 * progress)
             log.line(f"progress: {progress:.0%}, {clock.now() / progress * (1 - progress):.0f} s of training left")
@@ -635,7 +572,8 @@ def build_model(cfg, vocab_size, device):
     """The GPT of this config on the device, seeded, or with the weights of INIT_FROM; ValueError where they don't fit."""
     torch.manual_seed(cfg.seed)
     model = GPT(GPTConfig(vocab_size, cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.mlp_mult,
-                          cfg.tie_embeddings, cfg.value_embed, dtype=choose_dtype(cfg.dtype, device))).to(device)
+                          cfg.tie_embeddings, cfg.value_embed,
+                          bool(cfg.jepa_lambda) and cfg.jepa_predictor == "linear", dtype=choose_dtype(cfg.dtype, device))).to(device)
     if cfg.init_from:
         load_weights(model, cfg.init_from)
     if dist.is_initialized():
@@ -661,8 +599,8 @@ def run(cfg, origin, warnings):
     began = time.perf_counter()
     rank, world_size, device = start_process()
     cfg.run_id = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
-    layout = divide_batch(cfg, rank, world_size, device)
     data = open_data(cfg)
+    share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
     model = build_model(cfg, data.vocab_size, device)
     log = RunLog(cfg, origin, rank)
     parameters = sum(p.numel() for p in model.parameters())
@@ -670,28 +608,26 @@ def run(cfg, origin, warnings):
         warnings.append(f"no val_bpb: {data.no_bpb}")
     if data.meta and cfg.tokenizer:
         warnings.append(f"TOKENIZER={cfg.tokenizer} is not used: {data.folder} has a meta.json")
-    if cfg.jepa_lambda and cfg.jepa_distance == "infonce":
-        warnings.append(f"infonce takes its negatives from micro-batches of {layout.micro_rows} rows; another division of the batch is another loss")
-    for text in [*warnings, f"{parameters:,} parameters, {model.config.dtype} on {world_size} x {device.type}, {layout.rows} rows of {cfg.train_seq_len} "
-                 f"tokens a step in micro-batches of {layout.micro_rows}, {sum(map(len, data.train)):,} train tokens"]:
+    for text in [*warnings, *data.warnings, f"{parameters:,} parameters, {model.config.dtype} on {world_size} x {device.type}, {share.rows} rows of "
+                 f"{cfg.train_seq_len} tokens a step in micro-batches of {share.micro_rows}, {data.about}"]:
         log.line(text)
 
     loss_fn, eval_fn, compiled, compiling = training_loss, row_losses, cfg.compile, time.perf_counter()
     if compiled:
         try:
             loss_fn, eval_fn = (torch.compile(f, fullgraph=True, dynamic=False) for f in (loss_fn, eval_fn))
-            warm_up(model, loss_fn, cfg, data, layout)
+            warm_up(model, loss_fn, cfg, data, share)
         except torch._dynamo.exc.BackendCompilerFailed as e:  # a CPU without a C++ compiler
             log.line(f"torch.compile does not work here, going on without, slower: {' '.join(str(e).split())[:200]}")
             loss_fn, eval_fn, compiled = training_loss, row_losses, False
     if not compiled:
-        warm_up(model, loss_fn, cfg, data, layout)
+        warm_up(model, loss_fn, cfg, data, share)
     log.line(f"{len(needed_graphs(cfg))} training graph(s) warmed up in {time.perf_counter() - compiling:.0f} s")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     try:
-        result = train(model, loss_fn, eval_fn, cfg, data, layout, log)
+        result = train(model, loss_fn, eval_fn, cfg, data, share, log)
     except ValueError as e:
         log.note(f"error: {e}")
         raise
@@ -702,7 +638,7 @@ def run(cfg, origin, warnings):
         (log.folder / "model.int8.zlib").write_bytes(artifact)
         artifact = (log.folder / "model.int8.zlib").read_bytes()
     model.load_state_dict(dequantize(artifact))
-    quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, layout, log)
+    quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, share, log)
     code_bytes = sum(len((ROOT / name).read_bytes()) for name in SOURCES)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result |= {"quantized_val_loss": quantized_val_loss, "quantized_val_bpb": quantized_val_bpb,

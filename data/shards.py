@@ -112,6 +112,13 @@ def load_tokenizer(name):
     return encoding
 
 
+def saved_encoding(folder, meta):
+    """The tiktoken Encoding with which a data folder was made, without its marker: for encode_ordinary."""
+    import tiktoken
+    saved = meta["tokenizer"]
+    return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], mergeable_ranks=read_ranks(Path(folder) / saved["file"]), special_tokens={})
+
+
 def read_ranks(path):
     """{token bytes: rank} of a tiktoken file; SystemExit naming file and line where one doesn't parse."""
     ranks = {}
@@ -241,10 +248,10 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
     return out
 
 
-def write_meta(folder, *, tokenizer, table, doc_token, shards, source, licence):
-    """meta.json, last of all: a folder without it is not finished."""
+def write_meta(folder, *, tokenizer, table, doc_token, shards, source, licence, **more):
+    """meta.json, last of all: a folder without it is not finished. more: what pairs data says besides."""
     meta = {"tokenizer": tokenizer, "vocab_size": len(table), "doc_token": doc_token, "source": source,
-            "licence": licence, "shards": shards, "bytes_per_token": [len(token) for token in table]}
+            "licence": licence, **more, "shards": shards, "bytes_per_token": [len(token) for token in table]}
     part = Path(folder) / "meta.json.part"
     part.write_text(json.dumps(meta))
     os.replace(part, Path(folder) / "meta.json")

@@ -30,7 +30,7 @@ def documents():
                 yield text
 
 
-def main(out="data/stdlib", vocab_size=2048):
+def prepare_default(out="data/stdlib", vocab_size=2048):
     """Prepare the corpus in folder `out` with a BPE vocabulary of `vocab_size`, the document marker included."""
     return prepare(out, "stdlib", documents, vocab_size=vocab_size, val_fraction=0.05,
                    source=f"the standard library of Python {platform.python_version()}", licence="PSF-2.0")
@@ -41,4 +41,4 @@ if __name__ == "__main__":
     parser.add_argument("--out", default="data/stdlib", help="folder to make")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens, the document marker included; at most 65536")
     args = parser.parse_args()
-    print("prepared", main(args.out, args.vocab_size))
+    print("prepared", prepare_default(args.out, args.vocab_size))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import loader
 import train_gpt
 from data.shards import prepare
 
@@ -52,15 +53,16 @@ class MemoryLog:
     folder = Path("memory")
 
     def __init__(self):
-        self.lines, self.rows = [], []
+        self.lines, self.rows, self.costs = [], [], []
 
     def line(self, text):
         self.lines.append(text)
 
     note = line
 
-    def metrics(self, step, train_time, values):
+    def metrics(self, step, train_time, values, more={}):
         self.rows.append((step, values))
+        self.costs.append(more)
 
     def curve(self, name):
         return [values[name] for _, values in self.rows if name in values]
@@ -68,12 +70,12 @@ class MemoryLog:
 
 def train_in_process(cfg, loss_fn=None, warm_up=False, eval_fn=train_gpt.row_losses):
     """Run the loop itself with loader, step and optimizers as they are: (model, MemoryLog)."""
-    data = train_gpt.TokenData(cfg)
-    layout = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
-    model, log = train_gpt.build_model(cfg, data.vocab_size, layout.device), MemoryLog()
+    data = loader.open_data(cfg)
+    share = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"), data.least_micro_batches)
+    model, log = train_gpt.build_model(cfg, data.vocab_size, share.device), MemoryLog()
     if warm_up:
-        train_gpt.warm_up(model, loss_fn, cfg, data, layout)
-    train_gpt.train(model, loss_fn or train_gpt.training_loss, eval_fn, cfg, data, layout, log)
+        train_gpt.warm_up(model, loss_fn, cfg, data, share)
+    train_gpt.train(model, loss_fn or train_gpt.training_loss, eval_fn, cfg, data, share, log)
     return model, log
 
 

@@ -15,7 +15,7 @@ import train_gpt
 from conftest import MemoryLog, make_config, texts, train_in_process
 from data import fineweb, shards, stdlib, text
 from data.shards import read_shard
-from train_gpt import TokenData
+from loader import TokenData
 
 
 def meta_of(folder):
@@ -278,10 +278,10 @@ def test_val_windows_score_every_target_once(data_path, stride):
 def test_bpb_is_nats_over_the_bytes_of_the_raw_text(data_path):
     """Against the raw text itself and an evaluation one document stream at a time."""
     cfg = make_config(data_path)
-    data, layout = TokenData(cfg), train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
-    model = train_gpt.build_model(cfg, data.vocab_size, layout.device)
+    data, share = TokenData(cfg), train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
+    model = train_gpt.build_model(cfg, data.vocab_size, share.device)
     torch.nn.init.normal_(model.head.weight)
-    val_loss, val_bpb = train_gpt.evaluate(model, train_gpt.row_losses, data, layout, MemoryLog())
+    val_loss, val_bpb = train_gpt.evaluate(model, train_gpt.row_losses, data, share, MemoryLog())
     raw_bytes = sum(len(d.encode()) for d in decode(data_path)["val"])  # equal to the source's texts: see the first test
     tokens = torch.from_numpy(data.val[0].astype(np.int64))
     nats = sum(model(tokens[i:min(i + 32, len(tokens) - 1)][None], tokens[i + 1:i + 33][None]).item() for i in range(0, len(tokens) - 1, 32))
@@ -293,8 +293,8 @@ def test_sliding_windows_see_more(data_path):
     model, log = train_in_process(make_config(data_path, iterations=80))
     plain = log.curve("val_loss")[-1]
     cfg = make_config(data_path, eval_stride=8)
-    data, layout = TokenData(cfg), train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
-    assert train_gpt.evaluate(model, train_gpt.row_losses, data, layout, MemoryLog())[0] < plain
+    data, share = TokenData(cfg), train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
+    assert train_gpt.evaluate(model, train_gpt.row_losses, data, share, MemoryLog())[0] < plain
 
 
 def test_val_tokens_limits_the_split(data_path):

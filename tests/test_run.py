@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import loader
 import train_gpt
 from conftest import ROOT, MemoryLog, make_config, result_of, run_cli
 from data import shards
@@ -178,11 +179,11 @@ def test_quantisation_error_is_half_a_step_of_each_row():
 def test_generated_artifact_evaluates_as_reported(data_path, run_id):
     assert run_cli(data_path, f"--run_id={run_id}").returncode == 0
     cfg, result = make_config(data_path), result_of(run_id)
-    data, layout = train_gpt.TokenData(cfg), train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
-    model = train_gpt.build_model(cfg, data.vocab_size, layout.device)
+    data, share = loader.TokenData(cfg), train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
+    model = train_gpt.build_model(cfg, data.vocab_size, share.device)
     for file, read, key in (("model.safetensors", from_safetensors, "val_loss"), ("model.int8.zlib", dequantize, "quantized_val_loss")):
         model.load_state_dict(read((ROOT / "logs" / run_id / file).read_bytes()))
-        loss, bpb = train_gpt.evaluate(model, train_gpt.row_losses, data, layout, MemoryLog())
+        loss, bpb = train_gpt.evaluate(model, train_gpt.row_losses, data, share, MemoryLog())
         assert loss == pytest.approx(result[key], rel=1e-6)
     assert np.isclose(bpb, result["quantized_val_bpb"]) and not math.isclose(result["val_loss"], result["quantized_val_loss"], rel_tol=1e-9)
     shutil.rmtree(ROOT / "logs" / run_id)

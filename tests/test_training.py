@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import jepa
+import loader
 import train_gpt
 from conftest import make_config, result_of, run_cli, train_in_process
 from model import GPT, Linear
@@ -12,9 +13,9 @@ from model import GPT, Linear
 
 def setup(data_path, **settings):
     cfg = make_config(data_path, **settings)
-    data = train_gpt.TokenData(cfg)
-    layout = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
-    return cfg, data, layout, train_gpt.build_model(cfg, data.vocab_size, layout.device)
+    data = loader.TokenData(cfg)
+    share = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
+    return cfg, data, share, train_gpt.build_model(cfg, data.vocab_size, share.device)
 
 
 class GraphRecorder:
@@ -25,7 +26,7 @@ class GraphRecorder:
 
     def __call__(self, graph_module, example_inputs):
         number = {node: i for i, node in enumerate(graph_module.graph.nodes)}  # names follow Python variables: compare structure
-        self.graphs.append([(n.op, n.target, *torch.fx.node.map_arg((n.args, n.kwargs), lambda m: f"node {number[m]}"))
+        self.graphs.append([(n.op, n.op == "placeholder" or n.target, *torch.fx.node.map_arg((n.args, n.kwargs), lambda m: f"node {number[m]}"))
                             for n in graph_module.graph.nodes])
         return graph_module
 
@@ -38,9 +39,9 @@ class GraphRecorder:
 
 
 def test_with_lambda_0_the_graph_is_that_of_a_model_that_never_heard_of_jepa(data_path):
-    cfg, data, layout, model = setup(data_path)
-    idx, targets = data.batch(0, layout.rows, 0, layout.rows)
-    count = layout.rows * cfg.train_seq_len
+    cfg, data, share, model = setup(data_path)
+    idx, targets = data.batch(0, share.rows, 0, share.rows)
+    count = share.rows * cfg.train_seq_len
 
     def baseline(model: GPT, idx, targets):
         return (model(idx, targets) / count,)
@@ -49,7 +50,7 @@ def test_with_lambda_0_the_graph_is_that_of_a_model_that_never_heard_of_jepa(dat
     plain.compile(baseline)(model, idx, targets)[0].backward()
     loss_fn = off.compile(train_gpt.training_loss)
     for step in range(3):
-        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, layout, step, train_gpt.jepa_schedule(cfg, step / 3))
+        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, share, step, train_gpt.jepa_schedule(cfg, step / 3, step))
     assert len(plain.graphs) == len(off.graphs) == 1
     assert off.graphs == plain.graphs
 
@@ -100,22 +101,22 @@ def test_warm_up_leaves_no_trace(data_path):
 @pytest.mark.parametrize("layer, distance, spans, by_document", [(-1, "cosine", 1, True), (0, "mse", 3, True), (1, "l2", 2, False), (2, "cosine", 2, True)])
 def test_losses_and_gradients_of_a_step_match_one_written_out(data_path, layer, distance, spans, by_document):
     """CE is the mean over all targets, JEPA over all spans of the global batch; documents without a span do not count."""
-    cfg, data, layout, model = setup(data_path, jepa_lambda=0.7, jepa_layer=layer, jepa_distance=distance, jepa_spans=spans,
+    cfg, data, share, model = setup(data_path, jepa_lambda=0.7, jepa_layer=layer, jepa_distance=distance, jepa_spans=spans,
                                      jepa_doc=by_document, grad_accum_steps=2, train_batch_tokens=512)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
-    losses = train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, layout, 3, 0.7)
+    losses, _ = train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, share, 3, 0.7)
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
-    idx, targets = data.batch(3, layout.rows, 0, layout.rows)
-    a, b, start, end, weight = train_gpt.draw_spans(cfg, data, layout, 3, idx)
+    idx, targets = data.batch(3, share.rows, 0, share.rows)
+    a, b, start, end, weight = loader.draw_spans(cfg, data, share, 3, idx)
     x, h = model._run_blocks(idx, layer)
     ce = torch.nn.functional.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten())
     distances = []
-    for row in range(layout.rows):
+    for row in range(share.rows):
         for s in range(spans):
             if weight[row, s] > 0:
                 i, j, p, q = (t[row, s] for t in (a, b, start, end))
@@ -134,10 +135,10 @@ def test_losses_and_gradients_of_a_step_match_one_written_out(data_path, layer, 
 
 def test_rows_hold_spans_and_documents_without_one(data_path):
     """The data of these tests must contain what they are about: rows with several documents, and unequal span counts."""
-    cfg, data, layout, _ = setup(data_path, train_seq_len=4, train_batch_tokens=256, jepa_lambda=0.1)
-    idx, _ = data.batch(0, layout.rows, 0, layout.rows)
+    cfg, data, share, _ = setup(data_path, train_seq_len=4, train_batch_tokens=256, jepa_lambda=0.1)
+    idx, _ = data.batch(0, share.rows, 0, share.rows)
     assert ((idx == data.doc_token).sum(1) > 1).any()
-    halves = [train_gpt.draw_spans(cfg, data, layout, step, data.batch(step, layout.rows, 0, layout.rows)[0])[4].gt(0).view(2, -1).sum(1)
+    halves = [loader.draw_spans(cfg, data, share, step, data.batch(step, share.rows, 0, share.rows)[0])[4].gt(0).view(2, -1).sum(1)
               for step in range(6)]  # those of the run on two ranks below
     assert any(x[0] != x[1] for x in halves)
 
@@ -203,11 +204,11 @@ def test_training_learns(data_path):
 
 def test_wallclock_cap_stops_and_drives_the_schedule(data_path, monkeypatch):
     """Progress is the larger of steps and seconds; warm-down and the term follow it."""
-    cfg, _, layout, _ = setup(data_path, max_wallclock_seconds=10.0, iterations=100)
-    clock = train_gpt.Clock(layout.device)
+    cfg, _, share, _ = setup(data_path, max_wallclock_seconds=10.0, iterations=100)
+    clock = train_gpt.Clock(share.device)
     clock.passed = 4.0
-    assert train_gpt.run_progress(cfg, 20, clock, layout) == 0.4
-    assert train_gpt.run_progress(cfg, 70, clock, layout) == 0.7
+    assert train_gpt.run_progress(cfg, 20, 0, clock, share) == 0.4
+    assert train_gpt.run_progress(cfg, 70, 0, clock, share) == 0.7
     monkeypatch.setattr(train_gpt.Clock, "now", lambda self: 0.11 * next(self.ticks))
     monkeypatch.setattr(train_gpt.Clock, "ticks", iter(range(10_000)), raising=False)
     _, log = train_in_process(make_config(data_path, max_wallclock_seconds=1.0, iterations=10_000, jepa_lambda=0.1, jepa_start_frac=0.5))
@@ -217,10 +218,10 @@ def test_wallclock_cap_stops_and_drives_the_schedule(data_path, monkeypatch):
 
 
 def test_warmdown_is_linear_to_zero(data_path):
-    cfg, data, layout, model = setup(data_path, warmdown_frac=0.4)
+    cfg, data, share, model = setup(data_path, warmdown_frac=0.4)
     optimizers = train_gpt.build_optimizers(model, cfg)
     for progress, factor in ((0.0, 1), (0.6, 1), (0.8, 0.5), (0.95, 0.125)):
-        train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, layout, 0, None)
+        train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, share, 0, None)
         train_gpt.apply_gradients(optimizers, progress, cfg)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -237,9 +238,9 @@ def test_target_val_loss_stops(data_path):
 def test_non_finite_loss_names_the_step(data_path, monkeypatch):
     original = train_gpt.accumulate_gradients
 
-    def poisoned(model, loss_fn, cfg, data, layout, step, weight):
-        losses = original(model, loss_fn, cfg, data, layout, step, weight)
-        return losses * (float("nan") if step == 3 else 1)
+    def poisoned(model, loss_fn, cfg, data, share, step, weight):
+        losses, flops = original(model, loss_fn, cfg, data, share, step, weight)
+        return losses * (float("nan") if step == 3 else 1), flops
 
     monkeypatch.setattr(train_gpt, "accumulate_gradients", poisoned)
     with pytest.raises(ValueError, match="non-finite loss at step 4 "):
@@ -251,7 +252,7 @@ def test_non_finite_loss_names_the_step(data_path, monkeypatch):
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_optimizers_cover_each_parameter_exactly_once_and_each_gets_a_gradient(data_path, tie):
-    cfg, data, layout, model = setup(data_path, tie_embeddings=tie, jepa_lambda=0.1)
+    cfg, data, share, model = setup(data_path, tie_embeddings=tie, jepa_lambda=0.1)
     optimizers = train_gpt.build_optimizers(model, cfg)
     held = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(held) == sorted(map(id, model.parameters()))
@@ -259,7 +260,7 @@ def test_optimizers_cover_each_parameter_exactly_once_and_each_gets_a_gradient(d
     assert {id(p) for p in optimizers[0].param_groups[0]["params"]} == matrices
     before = {n: p.clone() for n, p in model.named_parameters()}
     for step in range(3):  # the zero-initialised projections and head need a step before the gradient passes them
-        train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, layout, step, 0.1)
+        train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, share, step, 0.1)
         if step == 2:
             assert all(p.grad is not None and p.grad.norm() > 0 for p in model.parameters())
         train_gpt.apply_gradients(optimizers, 0.0, cfg)
