@@ -2,10 +2,15 @@
 
     python bench.py [--rounds 20] [any flag of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
 
-Variants: off (no JEPA term, compiled), span (with it, compiled), off again (the same as off: what noise alone does to a
+Text. Variants: off (no JEPA term, compiled), span (with it, compiled), off again (the same as off: what noise alone does to a
 ratio), eager (no term, not compiled). A ratio is the median over the rounds of the two step times in one round. The share
-of the matmul peak counts the model's own matrix work (6 per weight and token, and causal attention), not the optimizer's,
-over the best of interleaved large products of the same dtype, and of bfloat16. JEPA_LAMBDA is 0.1 where it isn't set.
+of the matmul peak counts the model's own matrix work (GPT.flops), not the optimizer's, over the best of interleaved large
+products of the same dtype, and of bfloat16. JEPA_LAMBDA is 0.1 where it isn't set.
+
+Pairs (DATA_PATH of data/pairs.py). Forward and backward of the examples of the first step, without the optimizer, all compiled:
+packed NTP; one example a row, padded to the longest of the step; the packed pair objective; and that objective as three
+passes over padded rows (trunk, Text with [PRED], Code), padded to the longest of the step and to 512 tokens, the latter on
+the first 32 examples. Choose TRAIN_SEQ_LEN by it: longer rows pack better, and cost more attention.
 """
 import argparse
 import os
@@ -15,19 +20,13 @@ import time
 
 import torch
 
+import jepa
 import train_gpt
 from config import load_config
-from model import Linear
+from loader import Batch, PairData, open_data
+from model import norm
 
 MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
-
-
-def flops_per_token(model, T):
-    """Matrix FLOPs of forward and backward per token of a row of T, attention counted causal (half the square)."""
-    c = model.config
-    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, Linear))
-    weights += model.embed.weight.numel() if c.tie_embeddings else 0
-    return 6 * weights + 6 * c.num_layers * c.model_dim * T
 
 
 def timed(f, device):
@@ -56,6 +55,105 @@ def peak_memory(step, device, persistent):
     return persistent + peak
 
 
+def three_passes(model, cfg, trunk, text, code, jepa_lambda):
+    """gamma * CE + lambda * JEPA as existing fine-tuning scripts compute it: three forward passes over padded rows.
+
+    trunk: (idx, targets, num_targets); text: (idx, index of the last [PRED]), code: (idx, index of the last token), with
+    weight; rows are padded on the right, which causal attention doesn't see.
+    """
+    ce = model.cross_entropy(model._run_blocks(trunk[0], -1)[0], trunk[1]) / trunk[2]
+    ends = []
+    for idx, last in (text, code[:2]):
+        h = model._run_blocks(idx, cfg.jepa_layer)[1]
+        ends.append((norm(h) if cfg.jepa_norm else h)[torch.arange(len(last), device=h.device), last].float())
+    if model.predictor is not None:
+        ends[0] = model.predictor(ends[0])
+    term = jepa.distance(*ends, cfg.jepa_distance, code[2])
+    return cfg.jepa_gamma * ce + jepa_lambda * term, ce.detach(), term.detach()
+
+
+def pad_rows(sequences, length, rows, value=0):
+    """Token sequences as chunks of (rows, length), int64, the rest filled with value."""
+    out = torch.full((-(-len(sequences) // rows) * rows, length), value)
+    for i, tokens in enumerate(sequences):
+        out[i, :len(tokens)] = torch.as_tensor(tokens)
+    return out.split(rows)
+
+
+def three_pass_batches(data, cfg, views, length, rows):
+    """The arguments of three_passes for these examples, a list of chunks of `rows` rows padded to length."""
+    trunks = [[data.doc_token, *text, data.separator, *code, data.doc_token] for text, code in views]
+    first = [len(text) + 2 if cfg.loss_on == "target" else 1 for text, _ in views]
+    targets = [[-1] * (f - 1) + t[f:] for f, t in zip(first, trunks)]
+    texts, codes = [[data.doc_token, *text, *data.preds] for text, _ in views], [[data.doc_token, *code] for _, code in views]
+    last = lambda sequences: pad_rows([[len(s) - 1] for s in sequences], 1, rows)
+    count = torch.tensor(float(sum(t >= 0 for row in targets for t in row)))
+    weights = torch.zeros(-(-len(views) // rows) * rows)
+    weights[:len(views)] = 1 / len(views)
+    chunks = zip(pad_rows(trunks, length, rows), pad_rows(targets, length, rows, -1), pad_rows(texts, length, rows), last(texts),
+                 pad_rows(codes, length, rows), last(codes), weights.split(rows))
+    return [((i, t, count), (x, ex[:, 0]), (y, ey[:, 0], w)) for i, t, x, ex, y, ey, w in chunks]
+
+
+def bench_pairs(cfg, data, model, share, rounds):
+    """Time and print the variants of pairs data."""
+    if not data.paired or cfg.jepa_reverse or cfg.jepa_pred_position == "front" or cfg.jepa_distance == "infonce":
+        raise ValueError("the padded variants are written for pairs, [PRED] at the end, Text predicting Code, and no infonce")
+    device, T, R = share.device, cfg.train_seq_len, share.micro_rows
+    views = [[v.tolist() for v in data.sets["train"].views(e)] for e in data.examples_of(0)]
+    weight = torch.tensor(cfg.jepa_lambda, device=device)
+    loss_fn, passes = (torch.compile(f, fullgraph=True, dynamic=False) for f in (train_gpt.training_loss, three_passes))
+    longest = max(len(text) + len(code) + 3 for text, code in views)
+    longest = max(longest, max(len(text) for text, _ in views) + 1 + cfg.jepa_pred_tokens)
+    rows = lambda length: max(1, R * T // length)  # micro-batches of as many tokens everywhere
+    alone = [Batch(i, t, count) for (i, t, count), _, _ in three_pass_batches(data, cfg, views, longest, rows(longest))]
+    variants = {"NTP packed": (loss_fn, data.load(0, share, False)[0], len(views)), "NTP unpacked": (loss_fn, alone, len(views)),
+                "pair packed": (loss_fn, data.load(0, share, True)[0], len(views)),
+                "3 passes, longest": (passes, three_pass_batches(data, cfg, views, longest, rows(longest)), len(views)),
+                "3 passes, 512": (passes, three_pass_batches(data, cfg, views[:32], 512, rows(512)), min(32, len(views)))}
+
+    def move(x):
+        return tuple(map(move, x)) if isinstance(x, tuple) else x.to(device)
+
+    def step(name):
+        f, batches, _ = variants[name]
+        for batch in batches:
+            arguments = (cfg, batch.to(device), weight if batch.views else None) if f is loss_fn else (cfg, *move(batch), weight)
+            f(model, *arguments)[0].backward()
+        model.zero_grad()
+
+    seconds = interleave(step, variants, rounds, device)
+    tokens = {name: sum(b.idx.numel() if f is loss_fn else sum(part[0].numel() for part in b) for b in batches) for name, (f, batches, _) in variants.items()}
+    trunks = sum(len(text) + len(code) + 3 for text, code in views)
+    speed = lambda name: variants[name][2] / statistics.median(seconds[name])
+    ratio = lambda x, y: statistics.median(b / variants[y][2] / (a / variants[x][2]) for a, b in zip(seconds[x], seconds[y]))
+    print(f"\n{len(views)} examples of {trunks / len(views):.1f} trunk tokens on average, at most {longest} with [PRED], rows of {T}, micro-batches of {R} rows, "
+          f"{model.config.dtype} on {device.type}, torch {torch.__version__}")
+    print(f"{'variant':20} {'ms/example':>11} {'examples/s':>11} {'tokens/example':>15} {'of NTP packed':>14}")
+    for name, (_, _, count) in variants.items():
+        print(f"{name:20} {1000 / speed(name):11.2f} {speed(name):11.1f} {tokens[name] / count:15.1f} {1 / ratio(name, 'NTP packed'):13.2f}x")
+    print(f"result: examples/s, packed over unpacked NTP {ratio('NTP packed', 'NTP unpacked'):.2f}x; pair over NTP: tokens {tokens['pair packed'] / tokens['NTP packed']:.2f}x, "
+          f"time {1 / ratio('pair packed', 'NTP packed'):.2f}x; packed pair over three passes padded to {longest}: {ratio('pair packed', '3 passes, longest'):.2f}x, "
+          f"to 512: {ratio('pair packed', '3 passes, 512'):.1f}x")
+
+
+def interleave(step, names, rounds, device, between=lambda: None):
+    """Seconds of step(name) per name and round, after two steps of each to compile and warm up."""
+    for name in names:
+        print(f"compiling and warming up: {name}", flush=True)
+        step(name)
+        step(name)
+    seconds, began = {name: [] for name in names}, time.perf_counter()
+    for n in range(rounds):
+        order = list(names) if n % 2 == 0 else list(names)[::-1]  # no variant always follows the same one
+        for name in order:
+            seconds[name].append(timed(lambda: step(name), device))
+        between()
+        left = (time.perf_counter() - began) / (n + 1) * (rounds - n - 1)
+        print(f"round {n + 1}/{rounds}, {left:.0f} s left", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+    return seconds
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=20, help="steps of each variant (default: 20)")
@@ -65,18 +163,20 @@ def main():
         print(*warnings, sep="\n", end="\n" if warnings else "")
         rank, world_size, device = train_gpt.start_process()
         cfg.jepa_lambda = cfg.jepa_lambda or 0.1
-        share = train_gpt.divide_batch(cfg, rank, world_size, device)
-        data = train_gpt.open_data(cfg)
+        data = open_data(cfg)
+        share = train_gpt.divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
         model = train_gpt.build_model(cfg, data.vocab_size, device)
+        if isinstance(data, PairData):
+            return bench_pairs(cfg, data, model, share, own.rounds)
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
     compiled = torch.compile(train_gpt.training_loss, fullgraph=True, dynamic=False)
     optimizers = train_gpt.build_optimizers(model, cfg)
     variants = {"off": (compiled, None), "span": (compiled, cfg.jepa_lambda), "off again": (compiled, None), "eager": (train_gpt.training_loss, None)}
 
-    def step(name, number):
+    def step(name):
         loss_fn, weight = variants[name]
-        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, share, number, weight)
+        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, share, len(peaks[torch.bfloat16]), weight)
         train_gpt.apply_gradients(optimizers, 0.0, cfg)
 
     def matmul(dtype, n=MATMUL_SIZE[device.type]):
@@ -84,25 +184,14 @@ def main():
         a @ b
         return 2 * n**3 / timed(lambda: a @ b, device)
 
-    for name in variants:
-        print(f"compiling and warming up: {name}", flush=True)
-        step(name, 0)
-        step(name, 1)
-    seconds, peaks = {name: [] for name in variants}, {model.config.dtype: [], torch.bfloat16: []}
-    began = time.perf_counter()
-    for n in range(own.rounds):
-        order = list(variants) if n % 2 == 0 else list(variants)[::-1]  # no variant always follows the same one
-        for name in order:
-            seconds[name].append(timed(lambda: step(name, n + 2), device))
-        for dtype in peaks:
-            peaks[dtype].append(matmul(dtype))
-        left = (time.perf_counter() - began) / (n + 1) * (own.rounds - n - 1)
-        print(f"round {n + 1}/{own.rounds}, {left:.0f} s left", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+    peaks = {model.config.dtype: [], torch.bfloat16: []}
+    seconds = interleave(step, variants, own.rounds, device, lambda: [peaks[dtype].append(matmul(dtype)) for dtype in peaks])
     tensors = list(model.parameters()) + [t for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
     persistent = sum(t.numel() * t.element_size() for t in tensors)
-    memory = {name: peak_memory(lambda: step(name, 0), device, persistent) for name in variants}
+    memory = {name: peak_memory(lambda: step(name), device, persistent) for name in variants}
 
-    flops = flops_per_token(model, cfg.train_seq_len) * cfg.train_batch_tokens / world_size
+    T = cfg.train_seq_len
+    flops = model.flops(cfg.train_batch_tokens, cfg.train_batch_tokens * (T + 1) // 2) / world_size
     peak = {dtype: max(values) for dtype, values in peaks.items()}
     ratio = lambda name, base="off": statistics.median(x / y for x, y in zip(seconds[name], seconds[base]))
     print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.train_batch_tokens:,} tokens a step, rows of {cfg.train_seq_len}, "

@@ -260,6 +260,10 @@ class PairData(Shards):
         self.order = {}  # epoch -> (permutation of the examples, where their trunks begin in the epoch)
         self.about = (f"{len(self.sets['train']):,} {self.meta['kind']} to train on, {self.trunk_tokens:,} trunk tokens: "
                       f"{self.trunk_tokens / cfg.train_batch_tokens:.1f} steps an epoch; {self.val_size:,} to validate on")
+        if cfg.jepa_lambda and cfg.jepa_objective == "pair":
+            examples = [self.sets["train"].views(e) for e in self.examples_of(0)]
+            plain, with_term = (sum(len(d) for views in examples for d in self.lay_out(views, term).documents) for term in (False, True))
+            self.about += f"; the term encodes {with_term / plain - 1:.0%} more tokens"
 
     def trunks(self, split):
         """Trunk tokens of each example: those that the cross entropy is about."""

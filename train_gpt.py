@@ -82,7 +82,7 @@ class Config:
     jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k; costs nothing")
     jepa_norm: int = knob(-1, "1: compare states after the final norm, 0: before it; -1: 1 for pair, 0 for span", -1, 1)
     jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce, which costs one more forward pass")
-    jepa_spans: int = knob(1, "spans per row; each costs four gathered states", 1)
+    jepa_spans: int = knob(1, "spans per row, of pairs data per document; each costs four gathered states", 1)
     jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row; in pairs data always inside")
     jepa_pred_tokens: int = knob(1, "pair: [PRED] tokens behind view A, which they encode; each costs a token", 0, jepa.MAX_PRED_TOKENS)
     jepa_pred_position: str = knob("end", "pair: end, [PRED] behind view A; front, before it, which encodes that view once more")

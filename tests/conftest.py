@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import loader
 import train_gpt
+from data.pairs import prepare_pairs
 from data.shards import prepare
 
 ROOT = Path(train_gpt.__file__).parent
@@ -42,6 +44,23 @@ def deterministic():
     torch.set_num_threads(2)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def make_set(folder, kind="pairs", count=40, longest=9, seed=0):
+    """A data folder of random examples over the letters a-f; lengths 1..longest; a few examples stand twice."""
+    rng = np.random.default_rng(seed)
+    word = lambda: "".join("abcdef"[i] for i in rng.integers(0, 6, rng.integers(1, longest + 1)))
+    examples = [[word() for _ in range(2 if kind == "pairs" else rng.integers(2, 5))] for _ in range(count)]
+    examples = [(n, kind, None, views) for n, views in enumerate(examples + examples[:3], 1)]
+    prepare_pairs(folder, examples, examples[:11], source="test_pairs.py", vocab_size=258)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """Data folders of both kinds."""
+    base = tmp_path_factory.mktemp("pairs")
+    return {kind: make_set(base / kind, kind) for kind in ("pairs", "groups")}
 
 
 def make_config(data_path, **settings):

@@ -3,23 +3,25 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import train_gpt
 from conftest import ROOT, TINY
 from test_model import small_gpt
+from test_pairs import make_model, open_pairs
 
 
 def test_flops_match_torch_s_counter():
-    """torch counts attention as the full square and each product of the written-out network; ours halves the square."""
+    """torch counts attention as the full square and each product of the written-out network; ours
+    counts the pairs that a query sees, here given as all."""
     model, T = small_gpt(vocab_size=64, num_kv_heads=4), 16
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(torch.zeros(2, T, dtype=torch.long), torch.zeros(2, T, dtype=torch.long)).backward()
-    full_square = 12 * model.config.num_layers * model.config.model_dim * T
-    counted = counter.get_total_flops() / (2 * T)
     # the first block's inputs need no gradient only where they are data; here the embedding does: nothing is left out
-    assert counted == bench.flops_per_token(model, T) - full_square / 2 + full_square
+    assert counter.get_total_flops() == model.flops(2 * T, 2 * T * T)
 
 
 def test_peak_memory_sees_a_large_tensor():
@@ -35,3 +37,33 @@ def test_bench_prints_its_table(data_path):
     lines = done.stdout.splitlines()
     assert [line.split("  ")[0].strip() for line in lines[-5:-1]] == ["off", "span", "off again", "eager"]
     assert lines[-1].startswith("result: span/off time ") and "compiled/eager time" in lines[-1]
+
+
+@pytest.mark.parametrize("changes", [{}, dict(jepa_pred_tokens=3, loss_on="target", jepa_norm=0, jepa_layer=1), dict(jepa_pred_tokens=0, jepa_distance="mse")])
+@pytest.mark.parametrize("length", [32, 50])
+def test_packed_step_equals_three_padded_passes(folders, changes, length):
+    """The variant that bench.py times is the same objective: losses and gradients of one step."""
+    cfg, data, share = open_pairs(folders["pairs"], jepa_lambda=0.7, **{"jepa_norm": 1, **changes})
+    model = make_model(cfg, data)
+    losses, _ = train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, share, 0, 0.7)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    views = [[v.tolist() for v in data.sets["train"].views(e)] for e in data.examples_of(0)]
+    padded = 0
+    for arguments in bench.three_pass_batches(data, cfg, views, length, rows=7):
+        loss, *terms = bench.three_passes(model, cfg, *arguments, 0.7)
+        loss.backward()
+        padded += torch.stack(terms)
+    assert losses.tolist() == pytest.approx(padded.tolist(), rel=1e-5)
+    for ours, p in zip(gradients, model.parameters()):
+        torch.testing.assert_close(ours, p.grad, rtol=2e-4, atol=2e-5)  # as test_pairs.check_step
+
+
+def test_bench_of_pairs_prints_its_table(folders):
+    settings = {**{k: v for k, v in TINY.items() if k != "compile"}, "data_path": folders["pairs"], "num_layers": 1, "jepa_objective": "pair"}
+    done = subprocess.run([sys.executable, str(ROOT / "bench.py"), "--rounds=2", *(f"--{k}={v}" for k, v in settings.items())],
+                          capture_output=True, text=True, timeout=400, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split("   ")[0].strip() for line in lines[-6:-1]] == ["NTP packed", "NTP unpacked", "pair packed", "3 passes, longest", "3 passes, 512"]
+    assert lines[-1].startswith("result: examples/s, packed over unpacked NTP ")

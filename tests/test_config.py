@@ -4,7 +4,6 @@ import dataclasses
 import re
 import sys
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +29,9 @@ def test_precedence_default_yaml_environment_flag(tmp_path):
 
 def test_the_environment_sets_every_field():
     for name, f in FIELDS.items():
-        value = {bool: "1", int: "7", float: "0.5", str: "float32" if name == "dtype" else "mse" if name == "jepa_distance" else "x"}[f.type]
+        words = dict(dtype="float32", jepa_distance="mse", jepa_objective="pair", jepa_pred_position="front", jepa_predictor="linear",
+                     loss_on="target", long_examples="skip")
+        value = "1" if name == "jepa_norm" else {bool: "1", int: "7", float: "0.5", str: words.get(name, "x")}[f.type]
         settings = {name.upper(): value, **({"TRAIN_SEQ_LEN": "8"} if name == "eval_stride" else {}), **({"NUM_LAYERS": "9"} if name == "jepa_layer" else {})}
         cfg, origin, warnings = load_config(Config, [], settings)
         assert str(getattr(cfg, name)) in (value, "True") and not warnings and name.upper() in origin[name]
@@ -38,9 +39,8 @@ def test_the_environment_sets_every_field():
 
 def test_every_field_is_read_and_every_jepa_variable_is_a_field():
     """FIELD's mistake 10: a knob that no code reads. Every field is an attribute read outside of Config itself."""
-    tree = ast.parse(Path(train_gpt.__file__).read_text())
-    config_class = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
-    outside = [n for top in tree.body if top is not config_class for n in ast.walk(top)]
+    body = [node for name in ("train_gpt.py", "loader.py") for node in ast.parse((train_gpt.ROOT / name).read_text()).body]
+    outside = [n for top in body if getattr(top, "name", None) != "Config" for n in ast.walk(top)]
     is_cfg = lambda n: isinstance(n, ast.Name) and n.id == "cfg" or isinstance(n, ast.Attribute) and n.attr == "cfg"
     read = {n.attr for n in outside if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load) and is_cfg(n.value)}
     assert set(FIELDS) <= read
@@ -66,6 +66,12 @@ def test_every_field_is_read_and_every_jepa_variable_is_a_field():
     ([], {"JEPA_LAYER": "6", "NUM_LAYERS": "6"}, "must be -1, or a block from 0 to 5"),
     ([], {"JEPA_LAYER": "-2"}, "must be -1, or a block"),
     ([], {"JEPA_DISTANCE": "cos"}, "must be one of cosine, l2, mse, infonce"),
+    ([], {"JEPA_PRED_TOKENS": "11"}, "JEPA_PRED_TOKENS=11: must be at least 0 and at most 10"),
+    ([], {"JEPA_PRED_POSITION": "back"}, "must be end or front"),
+    ([], {"JEPA_OBJECTIVE": "pears"}, "must be span or pair"),
+    ([], {"JEPA_RATIO": "0"}, "JEPA_RATIO=0.0: must be above 0"),
+    ([], {"LOSS_ON": "code"}, "must be all or target"),
+    ([], {"LONG_EXAMPLES": "cut"}, "must be stop, skip or truncate"),
     ([], {"JEPA_SPANS": "0"}, "JEPA_SPANS=0: must be at least 1"),
     ([], {"DTYPE": "fp16"}, "auto, bfloat16 or float32"),
     ([], {"EVAL_STRIDE": "512", "TRAIN_SEQ_LEN": "256"}, "must not exceed"),
@@ -161,5 +167,5 @@ def test_package_needs_nothing_but_torch_numpy_and_yaml_to_import():
     for name in train_gpt.SOURCES:
         for node in ast.parse((train_gpt.ROOT / name).read_text()).body:  # top level: the rest is imported where it is used
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "data", "weights", "config"}
+            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "loader", "data", "weights", "config"}
     assert third_party == {"torch", "numpy", "yaml"}

@@ -16,29 +16,12 @@ from hypothesis import strategies as st
 import jepa
 import loader
 import train_gpt
-from conftest import ROOT, TINY, result_of, run_cli, train_in_process
-from data.pairs import prepare_pairs
+from conftest import ROOT, TINY, make_set, result_of, run_cli, train_in_process
 from model import GPT, GPTConfig, norm, tree_mask
 
 # float32 states of size 1 after three blocks whose sums run in another order
 STATES = dict(rtol=1e-5, atol=1e-5)
 MARKER, SEPARATOR, FIRST_PRED, VOCAB = 20, 21, 22, 32
-
-
-def make_set(folder, kind="pairs", count=40, longest=9, seed=0):
-    """A data folder of random examples over the letters a-f; lengths 1..longest; a few examples stand twice."""
-    rng = np.random.default_rng(seed)
-    word = lambda: "".join("abcdef"[i] for i in rng.integers(0, 6, rng.integers(1, longest + 1)))
-    examples = [[word() for _ in range(2 if kind == "pairs" else rng.integers(2, 5))] for _ in range(count)]
-    examples = [(n, kind, None, views) for n, views in enumerate(examples + examples[:3], 1)]
-    prepare_pairs(folder, examples, examples[:11], source="test_pairs.py", vocab_size=258)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("pairs")
-    return {kind: make_set(base / kind, kind) for kind in ("pairs", "groups")}
 
 
 def make_config(folder, **changes):
