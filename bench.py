@@ -97,10 +97,10 @@ def three_pass_batches(data, cfg, views, length, rows):
 
 def bench_pairs(cfg, data, model, share, rounds):
     """Time and print the variants of pairs data."""
-    if not data.paired or cfg.jepa_reverse or cfg.jepa_pred_position == "front" or cfg.jepa_distance == "infonce":
-        raise ValueError("the padded variants are written for pairs, [PRED] at the end, Text predicting Code, and no infonce")
+    if not data.paired or cfg.jepa_objective != "pair" or cfg.jepa_reverse or cfg.jepa_pred_position == "front" or cfg.jepa_distance == "infonce":
+        raise ValueError("the padded variants are written for pairs, JEPA_OBJECTIVE=pair, [PRED] at the end, Text predicting Code, and no infonce")
     device, T, R = share.device, cfg.train_seq_len, share.micro_rows
-    views = [[v.tolist() for v in data.sets["train"].views(e)] for e in data.examples_of(0)]
+    views = [data.sets["train"].views(e) for e in data.examples_of(0)]
     weight = torch.tensor(cfg.jepa_lambda, device=device)
     loss_fn, passes = (torch.compile(f, fullgraph=True, dynamic=False) for f in (train_gpt.training_loss, three_passes))
     longest = max(len(text) + len(code) + 3 for text, code in views)

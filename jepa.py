@@ -100,7 +100,7 @@ class Document:
     where it lies in that one's subtree, which is an interval: `ends` holds, for every token, the index behind its last
     descendant. Trunk tokens from loss_from on are targets of the token before them.
     """
-    trunk: np.ndarray
+    trunk: list
     loss_from: int = 1
     branch: list = field(default_factory=list)
     fork: int = 0
@@ -122,7 +122,8 @@ class Document:
         idx[columns], idx[branch] = self.trunk, self.branch
         positions[columns], positions[branch] = trunk, np.arange(inner, inner + k)
         ends[columns], ends[branch] = stop, at + inner + k
-        targets[columns[self.loss_from - 1:-1]] = self.trunk[self.loss_from:]
+        if self.loss_from < n:
+            targets[columns[self.loss_from - 1:-1]] = self.trunk[self.loss_from:]
 
 
 @dataclass
@@ -135,36 +136,30 @@ class Example:
 def lay_out(views, *, paired, marker, separator=None, preds=(), front=False, reverse=False, target_only=False, term=True):
     """What is encoded of one example, each token once where its context allows: an Example.
 
-    views: token arrays. paired: they are (Text, Code), and the trunk is marker, Text, separator, Code, marker (the end
+    views: lists of tokens. paired: they are (Text, Code), and the trunk is marker, Text, separator, Code, marker (the end
     token); with the term, Code stands once more by itself, after a marker. Otherwise they are a group, every view is a
     document marker, view, marker, and view i predicts view i + 1. View A ends in `preds`, the [PRED] tokens, a branch
     behind its last token (none: it ends there itself); front: they stand before it, in a document of its own, since
     that changes all its states. reverse: B and A change places. target_only: no loss on Text and separator.
     term=False: the trunks alone, as without JEPA. Source: LLM-JEPA, arXiv 2509.14252.
     """
-    def document(*parts, loss=True):
-        trunk = np.concatenate([np.atleast_1d(part) for part in parts])
-        return Document(trunk, 1 if loss else len(trunk))
-
-    def add(*parts):  # a document for the term alone; the place of its last token
-        documents.append(document(marker, *parts, loss=False))
-        return len(documents) - 1, len(documents[-1].trunk) - 1
+    def add(tokens):  # a document for the term alone, without targets; returns the place of its last token
+        documents.append(Document([marker, *tokens], loss_from=1 + len(tokens)))
+        return len(documents) - 1, len(tokens)
 
     if paired:
         text, code = views
-        documents = [document(marker, text, separator, code, marker)]
-        documents[0].loss_from = len(text) + 2 if target_only else 1
-        views, ways = (text, code), [(0, 1)]
-        places = {0: (0, len(text))}  # the last token of a view, where it is encoded anyway
+        documents = [Document([marker, *text, separator, *code, marker], len(text) + 2 if target_only else 1)]
+        ways, places = [(0, 1)], {0: (0, len(text))}  # the last token of a view, where it is encoded anyway
     else:
-        documents = [document(marker, view, marker) for view in views]
+        documents = [Document([marker, *view, marker]) for view in views]
         ways = [(i, i + 1) for i in range(len(views) - 1)]
         places = {i: (i, len(view)) for i, view in enumerate(views)}
     pairs = []
     for a, b in ways if term else ():
         a, b = (b, a) if reverse else (a, b)
         if front and len(preds):
-            end_a = add(preds, views[a])
+            end_a = add([*preds, *views[a]])
         else:
             number, last = places[a] if a in places else add(views[a])
             documents[number].branch, documents[number].fork = list(preds), last
@@ -180,27 +175,28 @@ def pack(examples, rows, T):
     [(row, column) per document]). ValueError where an example fits no empty micro-batch.
     """
     placed, free = [None] * len(examples), np.zeros((0, rows), dtype=np.int64)  # free: tokens left in each row
+    left_over = []  # per micro-batch: tokens left in all, in its emptiest row
     lengths = [[len(d) for d in e.documents] for e in examples]
     for i in sorted(range(len(examples)), key=lambda i: -sum(lengths[i])):
         total, longest = sum(lengths[i]), max(lengths[i])
-        for m in [*np.flatnonzero((free.sum(1) >= total) & (free.max(1, initial=0) >= longest)), len(free)]:
+        for m in [m for m, (all_rows, emptiest) in enumerate(left_over) if all_rows >= total and emptiest >= longest] + [len(free)]:
             left = free[m].copy() if m < len(free) else np.full(rows, T)
             places = [None] * len(lengths[i])
             for n in sorted(range(len(places)), key=lambda n: -lengths[i][n]):
-                fits = np.flatnonzero(left >= lengths[i][n])
-                if not len(fits):
+                row = int((left >= lengths[i][n]).argmax())  # the first that has room, or 0
+                if left[row] < lengths[i][n]:
                     break
-                places[n] = int(fits[0]), int(T - left[fits[0]])
-                left[fits[0]] -= lengths[i][n]
+                places[n] = row, T - int(left[row])
+                left[row] -= lengths[i][n]
             else:
                 break
         else:
-            raise ValueError(f"an example of {len(places)} documents, {total} tokens with the term's, does not fit a micro-batch of {rows} rows of {T} "
-                             "tokens; lower GRAD_ACCUM_STEPS, or raise TRAIN_BATCH_TOKENS")
+            raise ValueError(f"an example of {len(places)} documents does not fit a micro-batch of {rows} rows of {T} tokens")
         if m == len(free):
             free = np.concatenate((free, left[None]))
-        free[m] = left
-        placed[i] = int(m), places
+            left_over.append(None)
+        free[m], left_over[m] = left, (int(left.sum()), int(left.max()))
+        placed[i] = m, places
     return placed
 
 

@@ -111,8 +111,11 @@ class TokenData(Shards):
         if not self.first_row[-1]:
             raise ValueError(f"no train shard of {cfg.data_path} holds a row of TRAIN_SEQ_LEN={T} tokens; lower it")
         self.order = (None, None)  # (epoch, its permutation of rows)
-        self.warnings, self.least_micro_batches = [], 1
+        self.warnings, self.least_micro_batches = [], 1  # micro-batches of a step and rank, where the config leaves it open
         self.about = f"{sum(map(len, self.train)):,} train tokens"
+
+    def check_micro_batch(self, share):
+        """Rows of text fit every micro-batch."""
 
     def batch(self, step, rows, first_row, count):
         """Rows first_row.. of the `rows` rows of this step's global batch: idx and targets, int64 CPU tensors (count, T)."""
@@ -205,8 +208,8 @@ class ExampleSet:
         return len(self.first) - 1
 
     def views(self, example):
-        """The token arrays of an example's views."""
-        return [self.tokens[self.start[v]:self.start[v] + self.length[v]] for v in range(self.first[example], self.first[example + 1])]
+        """The tokens of an example's views, lists."""
+        return [self.tokens[self.start[v]:self.start[v] + self.length[v]].tolist() for v in range(self.first[example], self.first[example + 1])]
 
     def counts(self):
         """Views of each example."""
@@ -243,7 +246,9 @@ class PairData(Shards):
         self.extra = 3 if self.paired else 2  # tokens of a trunk that are no view's: markers and separator
         if cfg.train_seq_len < self.extra + jepa.MAX_PRED_TOKENS + 3:
             raise ValueError(f"TRAIN_SEQ_LEN={cfg.train_seq_len}: pairs data needs rows of at least {self.extra + jepa.MAX_PRED_TOKENS + 3} tokens")
-        self.warnings, self.sets = [], {}
+        self.warnings, self.sets = [f"EVAL_STRIDE={cfg.eval_stride} is not used: pairs and groups are evaluated whole"] if cfg.eval_stride else [], {}
+        if self.meta["first_pred"] + jepa.MAX_PRED_TOKENS > self.vocab_size:
+            raise ValueError(f"VOCAB_SIZE={cfg.vocab_size}: the tokens of {self.folder} need {self.meta['first_pred'] + jepa.MAX_PRED_TOKENS}")
         self.least_micro_batches = 8  # so that on average at most a 16th of a step's rows is empty
         for split in ("train", "val"):
             self.sets[split] = ExampleSet(getattr(self, split), self.doc_token, self.separator, split)
@@ -258,6 +263,7 @@ class PairData(Shards):
         documents = self.trunks("train") if self.paired else self.sets["train"].length + self.extra
         self.smallest = int(documents.min())  # of what holds a pair, or a span
         self.order = {}  # epoch -> (permutation of the examples, where their trunks begin in the epoch)
+        self.thread, self.ahead = ThreadPoolExecutor(1), None
         self.about = (f"{len(self.sets['train']):,} {self.meta['kind']} to train on, {self.trunk_tokens:,} trunk tokens: "
                       f"{self.trunk_tokens / cfg.train_batch_tokens:.1f} steps an epoch; {self.val_size:,} to validate on")
         if cfg.jepa_lambda and cfg.jepa_objective == "pair":
@@ -295,6 +301,22 @@ class PairData(Shards):
                 np.minimum(s.length, room, out=s.length)
             self.warnings.append(f"{found}: truncated (LONG_EXAMPLES)")
 
+    def check_micro_batch(self, share):
+        """ValueError where an example, laid out as largely as any setting of the term does, doesn't fit an empty micro-batch:
+        the same for all arms, before the run, and not in the middle of it."""
+        R, T, k = share.micro_rows, self.cfg.train_seq_len, jepa.MAX_PRED_TOKENS
+        for split, s in self.sets.items():
+            longest = np.maximum.reduceat(s.length, s.first[:-1]) + self.extra + k
+            views = np.add.reduceat(s.length, s.first[:-1])
+            total = 2 * (views + (self.extra + k) * s.counts())
+            for e in np.flatnonzero(total > np.maximum(T, R * (T - longest))):  # of the others first fit leaves none over
+                example = jepa.lay_out(s.views(e), paired=self.paired, marker=0, separator=0, preds=[0] * k, front=True)
+                try:
+                    jepa.pack([example], R, T)
+                except ValueError:
+                    raise ValueError(f"a micro-batch of {R} rows of {T} tokens is too small for {split} example {e + 1} of {self.folder}, {len(example.documents)} "
+                                     "documents in its largest layout; lower GRAD_ACCUM_STEPS, or raise TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN") from None
+
     def examples_of(self, step):
         """The examples of a step, as indices into the train set."""
         size, total = self.cfg.train_batch_tokens, self.trunk_tokens
@@ -310,20 +332,31 @@ class PairData(Shards):
         return found
 
     def lay_out(self, views, term):
-        """The jepa.Example of these token arrays; term: with what JEPA_OBJECTIVE=pair encodes besides the trunk."""
+        """The jepa.Example of these views; term: with what JEPA_OBJECTIVE=pair encodes besides the trunk."""
         cfg = self.cfg
         return jepa.lay_out(views, paired=self.paired, marker=self.doc_token, separator=self.separator, preds=self.preds,
                             front=cfg.jepa_pred_position == "front", reverse=cfg.jepa_reverse, target_only=cfg.loss_on == "target", term=term)
 
     def load(self, step, share, term):
-        """As TokenData.load: here every rank packs the whole step, and fills its own micro-batches, one of the ranks in turn."""
+        """As TokenData.load: here every rank packs the whole step, and fills its own micro-batches, one of the ranks in turn.
+        The next step is packed in a thread meanwhile."""
+        asked = step, share, term
+        ready = self.ahead[1].result() if self.ahead else None
+        result = ready if self.ahead and self.ahead[0] == asked else self.pack_step(*asked)
+        kept = bool(self.cfg.jepa_lambda) and jepa.keeps_term(self.cfg.seed, step + 1, self.cfg.jepa_ratio)
+        asked = step + 1, share, term if self.cfg.jepa_ratio == 1 else kept  # a guess: at worst it is packed again
+        self.ahead = asked, self.thread.submit(self.pack_step, *asked)
+        return result
+
+    def pack_step(self, step, share, term):
+        """What load returns; a function of its arguments alone."""
         cfg, T = self.cfg, self.cfg.train_seq_len
-        pair = term and cfg.jepa_objective == "pair"
-        examples = [self.lay_out(self.sets["train"].views(e), pair) for e in self.examples_of(step)]
+        pair, chosen = term and cfg.jepa_objective == "pair", self.examples_of(step)
+        examples = [self.lay_out(self.sets["train"].views(e), pair) for e in chosen]
         placed = jepa.pack(examples, share.micro_rows, T)
         batches, cost = self.fill(examples, placed, share)
         if term:
-            views = self.pair_indices(examples, placed, share) if pair else self.span_indices(examples, placed, share, step)
+            views = self.pair_indices(chosen, examples, placed, share) if pair else self.span_indices(examples, placed, share, step)
             for batch, own in zip(batches, views):
                 batch.views = own
         return batches, cost
@@ -357,12 +390,13 @@ class PairData(Shards):
         """Micro-batches of each rank: the same number, the last ones may be empty."""
         return -(-(max(m for m, _ in placed) + 1) // share.world_size)
 
-    def pair_indices(self, examples, placed, share):
-        """views of each of this rank's micro-batches: places a and b in all rows, weight 1 / pairs of the step or 0, and group, each (N,)."""
+    def pair_indices(self, groups, examples, placed, share):
+        """views of each of this rank's micro-batches: places a and b in all rows, weight 1 / pairs of the step or 0, and group,
+        the example's of `groups`, each (N,)."""
         R, T = share.micro_rows, self.cfg.train_seq_len
         total = sum(len(e.pairs) for e in examples)
         found = {}
-        for group, (example, (m, places)) in enumerate(zip(examples, placed)):
+        for group, example, (m, places) in zip(groups, examples, placed):
             where = [row * T + column for row, column in places]
             found.setdefault(m, []).extend((where[i] + p, where[j] + q, group) for (i, p), (j, q) in example.pairs)
         for n in range(self.rounds(placed, share)):

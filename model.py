@@ -60,14 +60,14 @@ def rotate(x, cos, sin):
     return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), dim=-1)
 
 
-def tree_mask(ends):
+def tree_mask(ends, flex=None):
     """Which key a query sees in rows of trees laid out depth first: those before it in whose subtree it lies.
 
-    ends (B, T): the index behind the last descendant of each token. A BlockMask for FlexAttention on CUDA, elsewhere a
-    boolean (B, 1, T, T) for scaled_dot_product_attention (FlexAttention has no backward on a CPU); the same rule.
+    ends (B, T): the index behind the last descendant of each token. flex: a BlockMask for FlexAttention, by default on
+    CUDA; otherwise a boolean (B, 1, T, T) for scaled_dot_product_attention (FlexAttention has no backward on a CPU).
     """
     B, T = ends.shape
-    if ends.is_cuda:
+    if ends.is_cuda if flex is None else flex:
         return create_block_mask(lambda b, h, q, k: (k <= q) & (q < ends[b, k]), B, None, T, T, device=ends.device)
     token = torch.arange(T, device=ends.device)
     return ((token <= token[:, None]) & (token[:, None] < ends[:, None, :]))[:, None]
@@ -202,12 +202,13 @@ class GPT(nn.Module):
         """Next-token cross entropy in nats of targets (B, T), -1 where there is none, summed (or "none": (B*T,))."""
         return F.cross_entropy(self.logits(x).flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
 
-    def flops(self, tokens, visible_pairs):
+    def flops(self, tokens, visible_pairs, head=True):
         """Matrix FLOPs of forward and backward over so many tokens, of which queries see so many keys in all: 6 for each
-        weight of a matrix and token, 12 for each width and pair (arXiv 2001.08361, appendix B of 2204.02311)."""
+        weight of a matrix and token, 12 for each width and pair (arXiv 2001.08361, appendix B of 2204.02311). Not counted:
+        the predictor, which meets two tokens of an example. head=False: without the output head."""
         c = self.config
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, Linear) and m is not self.predictor)
-        weights += self.embed.weight.numel() if self.head is None else 0
+        weights = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, Linear))
+        weights += (self.embed if self.head is None else self.head).weight.numel() if head else 0
         return 6 * weights * tokens + 12 * c.num_layers * c.model_dim * visible_pairs
 
     def forward(self, idx, targets):

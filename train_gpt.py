@@ -81,7 +81,7 @@ class Config:
     jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start; costs nothing", 0, 1)
     jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k; costs nothing")
     jepa_norm: int = knob(-1, "1: compare states after the final norm, 0: before it; -1: 1 for pair, 0 for span", -1, 1)
-    jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce, which costs one more forward pass")
+    jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce, which costs one more forward pass, and a graph for it")
     jepa_spans: int = knob(1, "spans per row, of pairs data per document; each costs four gathered states", 1)
     jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row; in pairs data always inside")
     jepa_pred_tokens: int = knob(1, "pair: [PRED] tokens behind view A, which they encode; each costs a token", 0, jepa.MAX_PRED_TOKENS)
@@ -159,6 +159,8 @@ class Muon(torch.optim.Optimizer):
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
             for params in group["stacks"]:
+                if params[0].grad is None:  # the predictor's, in a step without the term
+                    continue
                 grad = torch.stack([p.grad for p in params])
                 if world_size > 1:
                     dist.all_reduce(grad)
@@ -181,9 +183,10 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(model, cfg):
     """[Muon for the matrices of blocks and predictor, Adam for the rest]; every parameter of the model is in exactly one group."""
-    matrices = [m.weight for m in model.modules() if isinstance(m, Linear) and m is not model.head]
+    matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
+    predictor = [] if model.predictor is None else [model.predictor.weight]
     embeds, heads, values = ([] if m is None else [m.weight] for m in (model.embed, model.head, model.value_embed))
-    taken = set(map(id, matrices + embeds + heads + values))
+    taken = set(map(id, matrices + predictor + embeds + heads + values))
     scalars = [p for p in model.parameters() if id(p) not in taken]
     # Rare tokens have tiny gradients, hence an eps of 1e-10 (modded-nanogpt). Where the gradient of a gain is zero but for
     # rounding (a cosine doesn't change with the length of the states), that eps would turn the noise into full steps.
@@ -191,7 +194,8 @@ def build_optimizers(model, cfg):
         (embeds, cfg.embed_lr if heads else cfg.tied_embed_lr, 1e-10), (values, cfg.embed_lr, 1e-10), (heads, cfg.head_lr, 1e-10),
         (scalars, cfg.scalar_lr, 1e-6)) if params]
     adam = torch.optim.Adam(groups, betas=(0.8, 0.95), fused=True)
-    return [Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, model.config.dtype), adam]
+    muon = [dict(params=params) for params in (matrices, predictor) if params]
+    return [Muon(muon, cfg.matrix_lr, cfg.muon_momentum, model.config.dtype), adam]
 
 
 # ---------------------------------------------------------------------------------------------------- training step
@@ -250,14 +254,14 @@ def training_loss(model, cfg, batch, jepa_lambda=None, views_only=False):
 
 def jepa_views(model, cfg, h, views):
     """What jepa.distance compares of the tapped states h (B, T, D), where a Batch's views say: (view A, view B, weight, floor, group)."""
-    pair = cfg.jepa_objective == "pair"
-    if cfg.jepa_norm == 1 or cfg.jepa_norm == -1 and pair:
-        h = norm(h)
-    if not pair:
+    if cfg.jepa_objective == "span":
         a, b, start, end, weight = views
+        h = norm(h) if cfg.jepa_norm == 1 else h
         return *jepa.span_views(h, a, b, start, end), weight, jepa.noise_floor(h, b), None
     a, b, weight, group = views
     u, v = jepa.pair_views(h, a, b)
+    if cfg.jepa_norm:
+        u, v = norm(u), norm(v)
     return u if model.predictor is None else model.predictor(u), v, weight, None, group
 
 
@@ -270,11 +274,14 @@ def share_infonce(model, loss_fn, cfg, batches, share):
     with torch.no_grad():
         collected = zip(*(loss_fn(model, cfg, batch, views_only=True) for batch in batches))
         own = [None if parts[0] is None else torch.stack(parts) for parts in collected]
-        whole = [None if t is None else t[None] if share.world_size == 1 else torch.stack(gather_ranks(t)) for t in own]
-    u, v = (t.requires_grad_() for t in whole[:2])
-    value = jepa.distance(u, v, "infonce", *whole[2:])
+        u, v, *others = (None if t is None else t[None] if share.world_size == 1 else torch.stack(gather_ranks(t)) for t in own)
+        kept = others[0].flatten().nonzero()[:, 0]  # most places are empty, and the matrix of cosines is their square
+        weight, floor, group = (None if t is None else t.flatten()[kept] for t in others)
+        kept_views = [t.flatten(0, -2)[kept].requires_grad_() for t in (u, v)]
+    value = jepa.distance(*kept_views, "infonce", weight, floor, group)
     value.backward()
-    for batch, *pull in zip(batches, u.grad[share.rank], v.grad[share.rank]):
+    pulls = [torch.zeros_like(t).flatten(0, -2).index_copy(0, kept, x.grad).view_as(t)[share.rank] for t, x in zip((u, v), kept_views)]
+    for batch, *pull in zip(batches, *pulls):
         batch.pull = tuple(pull)
     return value.detach()
 
@@ -306,18 +313,12 @@ def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda):
         dist.all_reduce(losses)
     if infonce is not None:
         losses[1] = infonce
-    flops = model.flops(*cost)
-    return losses, flops * 4 / 3 if infonce is not None else flops
+    return losses, model.flops(*cost) + (model.flops(*cost, head=False) / 3 if infonce is not None else 0)
 
 
 def apply_gradients(optimizers, progress, cfg):
     """One optimizer step with the learning rates of this moment of the run; clears the gradients."""
     muon, adam = optimizers
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is None:  # the predictor, in a step without the term
-                    p.grad = torch.zeros_like(p)
     if dist.is_initialized():
         for group in adam.param_groups:
             for p in group["params"]:
@@ -601,6 +602,7 @@ def run(cfg, origin, warnings):
     cfg.run_id = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
     data = open_data(cfg)
     share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
+    data.check_micro_batch(share)
     model = build_model(cfg, data.vocab_size, device)
     log = RunLog(cfg, origin, rank)
     parameters = sum(p.numel() for p in model.parameters())
@@ -608,8 +610,8 @@ def run(cfg, origin, warnings):
         warnings.append(f"no val_bpb: {data.no_bpb}")
     if data.meta and cfg.tokenizer:
         warnings.append(f"TOKENIZER={cfg.tokenizer} is not used: {data.folder} has a meta.json")
-    for text in [*warnings, *data.warnings, f"{parameters:,} parameters, {model.config.dtype} on {world_size} x {device.type}, {share.rows} rows of "
-                 f"{cfg.train_seq_len} tokens a step in micro-batches of {share.micro_rows}, {data.about}"]:
+    for text in [*warnings, *data.warnings, f"{parameters:,} parameters, {model.config.dtype} on {world_size} x {device.type}, {cfg.train_batch_tokens} tokens a step, "
+                 f"micro-batches of {share.micro_rows} rows of {cfg.train_seq_len}, {data.about}"]:
         log.line(text)
 
     loss_fn, eval_fn, compiled, compiling = training_loss, row_losses, cfg.compile, time.perf_counter()

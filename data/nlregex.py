@@ -1,6 +1,6 @@
 """English sentences and the regular expressions they mean, from a seeded grammar: pairs, or groups of wordings of one sentence.
 
-    python data/nlregex.py [--kind pairs|groups] [--train 8000] [--test 1000] [--seed 1] [--out data/nlregex]
+    python data/nlregex.py [--kind pairs|groups] [--train 8000] [--test 1000] [--seed 1] [--out DIR]
 
 Needs no network; in the manner of NL-RX (Locascio et al., arXiv 1608.03000), & and ~ being "and" and "not". No regular
 expression and no wording of the test split stands in train. Beside the shards lie train.jsonl and test.jsonl, for evaluate.py.
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.pairs import parse, prepare_pairs
+from data.pairs import parse, prepare_pairs, record_of
 
 # regex -> wordings of what it matches
 ATOMS = {
@@ -22,13 +22,13 @@ ATOMS = {
     **{word: (f"the string '{word}'", f"the word '{word}'") for word in ("dog", "truck", "ring", "lake")}}
 # regex of the operands -> wordings; {n} is a number from 2 to 7
 UNARY = {
-    ".*{x}.*": ("containing {x}", "with {x} anywhere", "having {x} somewhere"), "({x})(.*)": ("starting with {x}", "beginning with {x}"),
+    ".*({x}).*": ("containing {x}", "with {x} anywhere", "having {x} somewhere"), "({x})(.*)": ("starting with {x}", "beginning with {x}"),
     "(.*)({x})": ("ending with {x}", "ending in {x}"), "~({x})": ("not {x}", "anything but {x}"), "({x})*": ("{x}, zero or more times", "{x}, any number of times"),
     "({x})+": ("{x} at least once", "one or more times {x}"), "({x}){{{n},}}": ("{x}, {n} or more times", "at least {n} times {x}"),
-    "\\b{x}\\b": ("words with {x}", "words that have {x}")}
+    "\\b({x})\\b": ("words with {x}", "words that have {x}")}
 BINARY = {
     "({x})&({y})": ("{x} and {y}", "both {x} and {y}"), "({x})|({y})": ("{x} or {y}", "either {x} or {y}"),
-    "({x}).*({y}).*": ("{x} before {y}", "{x} in front of {y}"), "{x}.*{y}.*": ("{x} followed by {y}", "{x} and after it {y}")}
+    "({x}).*({y})": ("{x} before {y}", "{x} in front of {y}", "{x} followed by {y}")}
 OPENINGS = ("lines with", "lines having", "every line with")
 
 
@@ -75,7 +75,7 @@ def prepare_default(out="data/nlregex", kind=None, train=8000, test=1000, seed=1
     if kind == "groups":
         records = [{"paraphrases": texts, "code": regex} for texts, regex in examples]
     else:
-        records = [{"messages": [{"role": "user", "content": texts[0]}, {"role": "assistant", "content": regex}]} for texts, regex in examples]
+        records = [record_of("pairs", None, [texts[0], regex]) for texts, regex in examples]
     lines = [json.dumps(record) + "\n" for record in records]
     parsed = [(n, *parse(record)) for n, record in enumerate(records, 1)]
     return prepare_pairs(out, parsed[:train], parsed[train:], source=f"data/nlregex.py --kind {kind} --train {train} --test {test} --seed {seed}",
@@ -84,13 +84,14 @@ def prepare_default(out="data/nlregex", kind=None, train=8000, test=1000, seed=1
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out", default="data/nlregex", help="folder to make")
-    parser.add_argument("--kind", choices=("pairs", "groups"), help="default: groups where --out ends in groups")
+    parser.add_argument("--kind", choices=("pairs", "groups"), default="pairs", help="pairs (default), or groups of three wordings")
+    parser.add_argument("--out", help="folder to make (default: data/nlregex or data/nlregex_groups)")
     parser.add_argument("--train", type=int, default=8000, help="training examples (default: 8000)")
     parser.add_argument("--test", type=int, default=1000, help="test examples (default: 1000)")
     parser.add_argument("--seed", type=int, default=1, help="of the generator (default: 1)")
     args = parser.parse_args()
     if min(args.train, args.test) < 1:
         raise SystemExit("error: --train and --test must be at least 1")
-    meta = prepare_default(args.out, args.kind, args.train, args.test, args.seed)
-    print(f"prepared {args.out}: {args.train} {meta['kind']} to train on, {args.test} to test on")
+    out = args.out or {"pairs": "data/nlregex", "groups": "data/nlregex_groups"}[args.kind]
+    meta = prepare_default(out, args.kind, args.train, args.test, args.seed)
+    print(f"prepared {out}: {args.train} {meta['kind']} to train on, {args.test} to test on")

@@ -8,7 +8,7 @@ A line of JSON is {"messages": [{"role": "system" | "user" | "assistant", "conte
 whose assistant message is Code, or {"paraphrases": [text, text, ...]}. A group comes from one column that holds a list of texts,
 or from several columns (a wrong name is answered with the names there are). A system message stands before Text where it
 differs between lines; one that never changes says nothing and is left out (--system). Without --test, the test examples are
-chosen by the hash of their first view. An example in a shard is marker, view, separator, view, ... meta.json says how many
+chosen by the hash of their first view, and written to test.jsonl in --out. An example in a shard is marker, view, separator, view, ... meta.json says how many
 test texts or codes stand in train too; evaluate.py reports its accuracy on the others as well.
 """
 import argparse
@@ -55,6 +55,14 @@ def parse(record):
         raise ValueError(f"roles {roles}: only one user and one assistant message are known, after at most one system message")
     system = messages[0].get("content") if len(messages) == 3 else None
     return "pairs", system, [check_text(m.get("content"), m["role"]) for m in messages[-2:]]
+
+
+def record_of(kind, system, views):
+    """The line of JSON that parse() reads as these."""
+    if kind == "groups":
+        return {"paraphrases": views}
+    roles = [("system", system)] if system is not None else []
+    return {"messages": [{"role": role, "content": text} for role, text in [*roles, *zip(("user", "assistant"), views)]]}
 
 
 def check_group(texts, name):
@@ -110,7 +118,7 @@ def read_dataset(source, name, split, columns, group, bad):
         raise SystemExit(f"error: --dataset {source}: cannot be loaded ({' '.join(str(e).split())[:300]}); check name, --name and --split") from None
     wanted = columns or group or []
     if not wanted or (missing := [c for c in wanted if c not in dataset.column_names]):
-        raise SystemExit(f"error: {f'no column {missing[0]}' if wanted else 'which columns?'} Choose --columns TEXT CODE or --group COLUMN ... among "
+        raise SystemExit(f"error: {f'no column {missing[0]}' if wanted else 'no columns given'}; choose --columns TEXT CODE or --group COLUMN ... among "
                          f"{', '.join(dataset.column_names)} of {source}")
 
     def load(row):
@@ -151,7 +159,7 @@ def overlap(train, test, kind):
 def prepare_pairs(out, train, test, *, source, licence="unknown", system="auto", vocab_size=None, tokenizer=None, files={}):
     """Tokenise examples, as read() returns them, into the folder `out`, which appears whole or not at all; returns its meta.json.
 
-    tokenizer: a tiktoken name or file of ranks; without it, BPE of vocab_size ranks and a marker is trained on train. The
+    tokenizer: a tiktoken name or file of ranks; without it, BPE of vocab_size tokens, the marker included, is trained on train. The
     separator and the [PRED] tokens come on top. files: {name: text} to put beside the shards.
     """
     out = Path(out)
@@ -227,10 +235,15 @@ def main(argv=None):
         if not 0 < getattr(args, name) <= 1:
             raise SystemExit(f"error: --{name.replace('_', '-')} {getattr(args, name)}: must lie above 0 and at most at 1")
     train = read_jsonl(args.train, args.bad) if args.train else read_dataset(args.dataset, args.name, args.split, args.columns, args.group, args.bad)
-    train, test = (train, read_jsonl(args.test, args.bad)) if args.test else split_examples(train, args.test_fraction)
+    files = {}
+    if args.test:
+        test = read_jsonl(args.test, args.bad)
+    else:
+        train, test = split_examples(train, args.test_fraction)
+        files["test.jsonl"] = "".join(json.dumps(record_of(kind, s, views)) + "\n" for _, kind, s, views in test)  # for evaluate.py
     train = train[:max(1, round(args.train_fraction * len(train)))]
     meta = prepare_pairs(args.out, train, test, source=args.train or args.dataset, licence=args.licence, system=args.system,
-                         vocab_size=None if args.tokenizer else args.vocab_size or 512, tokenizer=args.tokenizer)
+                         vocab_size=None if args.tokenizer else args.vocab_size or 512, tokenizer=args.tokenizer, files=files)
     print(f"prepared {args.out}: {len(train)} {meta['kind']} to train on, {describe(meta)}. Train with DATA_PATH={args.out}")
 
 

@@ -77,7 +77,7 @@ def texts_of(folder, meta, split):
     """The examples of a split, decoded from its shard."""
     encoding = saved_encoding(folder, meta)
     examples = loader.ExampleSet([read_shard(folder / f"pairs_{split}_000000.bin")], meta["doc_token"], meta["separator"], split)
-    return [[encoding.decode(view.tolist()) for view in examples.views(e)] for e in range(len(examples))]
+    return [[encoding.decode(view) for view in examples.views(e)] for e in range(len(examples))]
 
 
 def test_what_is_written_is_what_was_read_and_overlaps_are_counted(tmp_path, capsys):
@@ -124,12 +124,13 @@ def test_hugging_face_datasets_by_columns_and_groups(tmp_path):
     meta = json.loads((tmp_path / "p" / "meta.json").read_text())
     everything = texts_of(tmp_path / "p", meta, "train") + texts_of(tmp_path / "p", meta, "val")
     assert sorted(everything) == sorted([r["q"], r["a"]] for r in rows) and len(texts_of(tmp_path / "p", meta, "val")) == 1
+    assert [v for *_, v in pairs.read_jsonl(tmp_path / "p" / "test.jsonl")] == texts_of(tmp_path / "p", meta, "val")  # for evaluate.py
     for name, columns, group in (("g", ["texts"], "texts"), ("h", ["q", "a"], None)):
         pairs.main(["--dataset", str(folder), "--group", *columns, "--out", str(tmp_path / name), "--vocab-size", "260"])
         meta = json.loads((tmp_path / name / "meta.json").read_text())
         assert meta["kind"] == "groups"
         assert texts_of(tmp_path / name, meta, "train")[0] in [r[group] if group else [r["q"], r["a"]] for r in rows]
-    with pytest.raises(SystemExit, match="no column b Choose --columns TEXT CODE or --group COLUMN ... among q, a, texts"):
+    with pytest.raises(SystemExit, match="no column b; choose --columns TEXT CODE or --group COLUMN ... among q, a, texts"):
         pairs.main(["--dataset", str(folder), "--columns", "q", "b", "--out", str(tmp_path / "e")])
     with pytest.raises(SystemExit, match="line 1: column q: a group needs at least two texts"):
         pairs.main(["--dataset", str(folder), "--group", "q", "--out", str(tmp_path / "e")])
@@ -154,9 +155,12 @@ def test_generated_sentences_and_expressions_are_distinct_and_seeded():
     assert len(set(texts)) == 1200 and len({regex for _, regex in found}) == 400
     for wordings, regex in found:
         assert regex.count("(") == regex.count(")") and "{x}" not in regex + wordings[0] and "{n}" not in regex + wordings[0]
-    # an expression without the grammar's & and ~ is Python's too, and matches what its sentence says
-    before = nlregex.regex_of(("({x}).*({y}).*", 2, [("dog", 0, []), ("[0-9]", 0, [])]))
-    assert re.match(before, "dog and 7") and not re.match(before, "7 and dog")
+    # an expression without & and ~ is Python's too: (a dog or a ring) before a digit, as its sentence says
+    either = ("({x})|({y})", 2, [("dog", 0, []), ("ring", 0, [])])
+    before = nlregex.regex_of(("({x}).*({y})", 2, [either, ("[0-9]", 0, [])]))
+    assert re.match(before, "dog and 7") and re.match(before, "ring 7") and not re.match(before, "dog") and not re.match(before, "7 and dog")
+    words = nlregex.regex_of(("\\b({x})\\b", 2, [either]))
+    assert re.search(words, "a ring") and not re.search(words, "a ringer") and not re.search(words, "adog")
 
 
 def test_a_grammar_that_is_too_small_says_so(monkeypatch):
@@ -240,7 +244,7 @@ def test_prompt_samples_by_seed(trained):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--run", "/nowhere", "--prompt", "x"], "no config.yaml in it"), (["--run", "RUN"], "give either --data or --prompt"),
+    (["--run", "/nowhere", "--prompt", "x"], "no config.yaml in it"), (["--run", "RUN"], "give either --data, with or without --similarity, or --prompt"),
     (["--run", "RUN", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"), (["--run", "RUN", "--data", "GROUPS"], "holds groups, here pairs are needed")])
 def test_misuse_of_evaluate(trained, tmp_path, flags, message):
     names = {"RUN": str(trained[0]), "GROUPS": write_lines(tmp_path / "g.jsonl", {"paraphrases": ["a", "b"]})}
