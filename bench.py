@@ -7,7 +7,8 @@ ratio), eager (no term, not compiled). A ratio is the median over the rounds of 
 of the matmul peak counts the model's own matrix work (GPT.flops), not the optimizer's, over the best of interleaved large
 products of the same dtype, and of bfloat16. JEPA_LAMBDA is 0.1 where it isn't set.
 
-Pairs (DATA_PATH of data/pairs.py). Forward and backward of the examples of the first step, without the optimizer, all compiled:
+Pairs (DATA_PATH of data/pairs.py). Forward and backward of the examples of the first step, without the optimizer, all of them
+compiled (or none, COMPILE=0):
 packed NTP; one example a row, padded to the longest of the step; the packed pair objective; and that objective as three
 passes over padded rows (trunk, Text with [PRED], Code), padded to the longest of the step and to 512 tokens, the latter on
 the first 32 examples. Choose TRAIN_SEQ_LEN by it: longer rows pack better, and cost more attention.
@@ -102,7 +103,7 @@ def bench_pairs(cfg, data, model, share, rounds):
     device, T, R = share.device, cfg.train_seq_len, share.micro_rows
     views = [data.sets["train"].views(e) for e in data.examples_of(0)]
     weight = torch.tensor(cfg.jepa_lambda, device=device)
-    loss_fn, passes = (torch.compile(f, fullgraph=True, dynamic=False) for f in (train_gpt.training_loss, three_passes))
+    loss_fn, passes = (torch.compile(f, fullgraph=True, dynamic=False) if cfg.compile else f for f in (train_gpt.training_loss, three_passes))
     longest = max(len(text) + len(code) + 3 for text, code in views)
     longest = max(longest, max(len(text) for text, _ in views) + 1 + cfg.jepa_pred_tokens)
     rows = lambda length: max(1, R * T // length)  # micro-batches of as many tokens everywhere

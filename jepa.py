@@ -168,34 +168,35 @@ def lay_out(views, *, paired, marker, separator=None, preds=(), front=False, rev
     return Example(documents, pairs)
 
 
+def first_fit(lengths, left, T):
+    """[(row, column)] for documents of these lengths, each in the first row with room, the longest first; None where one has
+    none. left: free tokens of each row of T, which is updated."""
+    places = [None] * len(lengths)
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        row = int((left >= lengths[n]).argmax())  # the first that has room; 0 where none has
+        if left[row] < lengths[n]:
+            return None
+        places[n] = row, T - int(left[row])
+        left[row] -= lengths[n]
+    return places
+
+
 def pack(examples, rows, T):
     """Place the documents of every example inside one micro-batch of `rows` rows of T tokens, the longest example first.
 
-    First fit: the first micro-batch that has room, its first row that has. Returns, per example, (micro-batch,
-    [(row, column) per document]). ValueError where an example fits no empty micro-batch.
+    Returns, per example, (micro-batch, [(row, column) per document]). ValueError where one fits no empty micro-batch.
     """
-    placed, free = [None] * len(examples), np.zeros((0, rows), dtype=np.int64)  # free: tokens left in each row
-    left_over = []  # per micro-batch: tokens left in all, in its emptiest row
+    placed, free = [None] * len(examples), []  # free: per micro-batch, (tokens left in each row, their sum, their maximum)
     lengths = [[len(d) for d in e.documents] for e in examples]
     for i in sorted(range(len(examples)), key=lambda i: -sum(lengths[i])):
         total, longest = sum(lengths[i]), max(lengths[i])
-        for m in [m for m, (all_rows, emptiest) in enumerate(left_over) if all_rows >= total and emptiest >= longest] + [len(free)]:
-            left = free[m].copy() if m < len(free) else np.full(rows, T)
-            places = [None] * len(lengths[i])
-            for n in sorted(range(len(places)), key=lambda n: -lengths[i][n]):
-                row = int((left >= lengths[i][n]).argmax())  # the first that has room, or 0
-                if left[row] < lengths[i][n]:
-                    break
-                places[n] = row, T - int(left[row])
-                left[row] -= lengths[i][n]
-            else:
+        for m in [m for m, (_, everything, most) in enumerate(free) if everything >= total and most >= longest] + [len(free)]:
+            left = free[m][0].copy() if m < len(free) else np.full(rows, T)
+            if places := first_fit(lengths[i], left, T):
                 break
         else:
-            raise ValueError(f"an example of {len(places)} documents does not fit a micro-batch of {rows} rows of {T} tokens")
-        if m == len(free):
-            free = np.concatenate((free, left[None]))
-            left_over.append(None)
-        free[m], left_over[m] = left, (int(left.sum()), int(left.max()))
+            raise ValueError(f"an example of {len(lengths[i])} documents does not fit a micro-batch of {rows} rows of {T} tokens")
+        free[m:m + 1] = [(left, int(left.sum()), int(left.max()))]
         placed[i] = m, places
     return placed
 

@@ -6,6 +6,7 @@ Shapes: R rows of a micro-batch, T tokens, S spans a row, N pairs of a micro-bat
 """
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -262,7 +263,7 @@ class PairData(Shards):
         self.val_size = len(self.sets["val"])
         documents = self.trunks("train") if self.paired else self.sets["train"].length + self.extra
         self.smallest = int(documents.min())  # of what holds a pair, or a span
-        self.order = {}  # epoch -> (permutation of the examples, where their trunks begin in the epoch)
+        self.epoch = functools.lru_cache(maxsize=2)(self.shuffle)  # a step may lie in two epochs
         self.thread, self.ahead = ThreadPoolExecutor(1), None
         self.about = (f"{len(self.sets['train']):,} {self.meta['kind']} to train on, {self.trunk_tokens:,} trunk tokens: "
                       f"{self.trunk_tokens / cfg.train_batch_tokens:.1f} steps an epoch; {self.val_size:,} to validate on")
@@ -277,13 +278,18 @@ class PairData(Shards):
         views = np.add.reduceat(s.length, s.first[:-1])
         return views + self.extra * (1 if self.paired else s.counts())
 
+    def longest_documents(self, split):
+        """Tokens of each example's longest document, with as many [PRED] tokens as there can be."""
+        s = self.sets[split]
+        return (np.add if self.paired else np.maximum).reduceat(s.length, s.first[:-1]) + self.extra + jepa.MAX_PRED_TOKENS
+
     def fit_rows(self, split):
         """Find the examples that a row can't hold, even with the most [PRED] tokens so that all arms agree, and stop, skip or truncate."""
-        s, room = self.sets[split], self.cfg.train_seq_len - self.extra - jepa.MAX_PRED_TOKENS
-        long = np.add.reduceat(s.length, s.first[:-1]) > room if self.paired else np.maximum.reduceat(s.length, s.first[:-1]) > room
+        s, longest = self.sets[split], self.longest_documents(split)
+        room, needed = self.cfg.train_seq_len - self.extra - jepa.MAX_PRED_TOKENS, longest.max()
+        long = longest > self.cfg.train_seq_len
         if not long.any():
             return
-        needed = (np.add if self.paired else np.maximum).reduceat(s.length, s.first[:-1]).max() + self.extra + jepa.MAX_PRED_TOKENS
         found = f"{long.sum():,} of {len(s):,} {split} examples of {self.folder} don't fit a row of TRAIN_SEQ_LEN={self.cfg.train_seq_len}"
         if self.cfg.long_examples == "stop":
             raise ValueError(f"{found}: choose LONG_EXAMPLES=skip or truncate, or TRAIN_SEQ_LEN={needed}")
@@ -306,10 +312,9 @@ class PairData(Shards):
         the same for all arms, before the run, and not in the middle of it."""
         R, T, k = share.micro_rows, self.cfg.train_seq_len, jepa.MAX_PRED_TOKENS
         for split, s in self.sets.items():
-            longest = np.maximum.reduceat(s.length, s.first[:-1]) + self.extra + k
-            views = np.add.reduceat(s.length, s.first[:-1])
-            total = 2 * (views + (self.extra + k) * s.counts())
-            for e in np.flatnonzero(total > np.maximum(T, R * (T - longest))):  # of the others first fit leaves none over
+            total = 2 * (np.add.reduceat(s.length, s.first[:-1]) + (self.extra + k) * s.counts())  # at most
+            room = np.maximum(T, R * (T - self.longest_documents(split)))  # first fit leaves nothing over up to there
+            for e in np.flatnonzero(total > room):
                 example = jepa.lay_out(s.views(e), paired=self.paired, marker=0, separator=0, preds=[0] * k, front=True)
                 try:
                     jepa.pack([example], R, T)
@@ -317,17 +322,18 @@ class PairData(Shards):
                     raise ValueError(f"a micro-batch of {R} rows of {T} tokens is too small for {split} example {e + 1} of {self.folder}, {len(example.documents)} "
                                      "documents in its largest layout; lower GRAD_ACCUM_STEPS, or raise TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN") from None
 
+    def shuffle(self, epoch):
+        """(permutation of the train examples, where their trunks begin in the epoch)."""
+        order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.sets["train"]))
+        trunks = self.trunks("train")[order]
+        return order, np.cumsum(trunks) - trunks
+
     def examples_of(self, step):
         """The examples of a step, as indices into the train set."""
         size, total = self.cfg.train_batch_tokens, self.trunk_tokens
         begin, end, found = step * size, (step + 1) * size, []
         for epoch in range(begin // total, (end - 1) // total + 1):
-            if epoch not in self.order:
-                order = np.random.default_rng([self.cfg.seed, epoch]).permutation(len(self.sets["train"]))
-                trunks = self.trunks("train")[order]
-                self.order = {e: kept for e, kept in self.order.items() if e == epoch - 1}  # a step may lie in two epochs
-                self.order[epoch] = order, np.cumsum(trunks) - trunks
-            order, starts = self.order[epoch]
+            order, starts = self.epoch(epoch)
             found += order[slice(*np.searchsorted(starts, (begin - epoch * total, end - epoch * total)))].tolist()
         return found
 

@@ -108,10 +108,14 @@ def step_and_reference(cfg, data, share, step=0, term=True):
 
 def check_step(cfg, data, share, step=0, term=True):
     losses, expected, ours, theirs = step_and_reference(cfg, data, share, step, term)
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses == pytest.approx(expected, rel=1e-5)  # float32 sums in another order gave up to 2e-7
     for name in ours:
-        # sums over some hundred tokens in another order; gradients of size 1e-3 to 1
-        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-4, atol=2e-5 * max(1, theirs[name].abs().max().item()), msg=name)
+        assert_gradient(ours[name], theirs[name], name)
+
+
+def assert_gradient(ours, theirs, name=None):
+    """Equal to 1e-5 of 1, or of the parameter's largest gradient where that is more; float32 sums in another order gave up to 1.5e-6."""
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1.0, theirs.abs().max().item()), msg=name)
 
 
 # ---- every view as if it were alone
@@ -132,7 +136,7 @@ def test_step_equals_every_view_alone(folders, kind, changes):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_step_equals_every_view_alone_whatever_the_examples(tmp_path_factory, draw):
     """The same over random lengths (rows filled to the last token included), k, position, direction, kind and micro-batch."""
     kind = draw.draw(st.sampled_from(["pairs", "groups"]))
@@ -356,11 +360,11 @@ def test_flops_are_those_of_the_layout(folders):
 
 
 def test_train_flops_stops_the_run(folders):
-    _, log = train_in_process(make_config(folders["pairs"], iterations=50))
-    cap = 10.5 * log.costs[0]["step_flops"]
-    _, capped = train_in_process(make_config(folders["pairs"], iterations=50, train_flops=cap))
+    _, log = train_in_process(make_config(folders["pairs"], iterations=20))
+    cap = 6.5 * log.costs[0]["step_flops"]
+    _, capped = train_in_process(make_config(folders["pairs"], iterations=20, train_flops=cap))
     totals = [c["train_flops"] for c in capped.costs if c]
-    assert totals[-2] < cap <= totals[-1] and len(totals) < 50
+    assert totals[-2] < cap <= totals[-1] and len(totals) < 20
     assert capped.costs[0]["step_flops"] == log.costs[0]["step_flops"]
 
 
@@ -470,7 +474,7 @@ def test_two_ranks_share_a_step_as_one_does(folders, kind, changes):
     assert pairs[0] != pairs[1]
     assert losses.tolist() == pytest.approx(whole.tolist(), rel=1e-5)
     for p, theirs in zip(model.parameters(), expected):
-        torch.testing.assert_close(p.grad, theirs, rtol=2e-4, atol=2e-5)
+        assert_gradient(p.grad, theirs)
 
 
 @pytest.mark.parametrize("distance", ["cosine", "infonce"])
@@ -525,13 +529,13 @@ def test_an_example_that_fits_no_micro_batch_is_found_before_the_run_and_in_ever
                 data.check_micro_batch(dataclasses.replace(share, micro_rows=1))
 
 
-@given(st.integers(1, 6), st.lists(st.integers(3, 22), min_size=1, max_size=7), st.integers(0, 100))
-@settings(max_examples=60, deadline=None)
-def test_what_check_micro_batch_passes_always_packs(rows, lengths, seed):
+@given(st.integers(1, 6), st.sampled_from(["pairs", "groups"]), st.lists(st.integers(1, 20), min_size=2, max_size=8), st.integers(0, 100))
+@settings(max_examples=80, deadline=None)
+def test_what_check_micro_batch_passes_always_packs(rows, kind, lengths, seed):
     """The bound by which it skips examples is safe: every layout of an example it passes fits an empty micro-batch."""
     cfg = make_config("unused", train_seq_len=32, train_batch_tokens=32 * rows, grad_accum_steps=1)
-    views = [np.random.default_rng([seed, i]).integers(0, 20, max(1, n - 2)) for i, n in enumerate(lengths + [3])]
-    data = FakePairs(dataclasses.replace(cfg, long_examples="truncate"), "groups", np.concatenate([np.append(SEPARATOR if i else MARKER, v) for i, v in enumerate(views)]))
+    views = [np.random.default_rng([seed, i]).integers(0, 20, n) for i, n in enumerate(lengths[:2] if kind == "pairs" else lengths)]
+    data = FakePairs(dataclasses.replace(cfg, long_examples="truncate"), kind, np.concatenate([np.append(SEPARATOR if i else MARKER, v) for i, v in enumerate(views)]))
     share = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"))
     try:
         data.check_micro_batch(share)
@@ -540,7 +544,7 @@ def test_what_check_micro_batch_passes_always_packs(rows, lengths, seed):
     for k in (0, 3, 10):
         for front in (False, True):
             for reverse in (False, True):
-                example = jepa.lay_out(data.sets["train"].views(0), paired=False, marker=MARKER, preds=[FIRST_PRED] * k, front=front, reverse=reverse)
+                example = jepa.lay_out(data.sets["train"].views(0), paired=kind == "pairs", marker=MARKER, separator=SEPARATOR, preds=[FIRST_PRED] * k, front=front, reverse=reverse)
                 assert jepa.pack([example], rows, 32)[0][0] == 0
 
 
