@@ -243,6 +243,15 @@ def test_prompt_samples_by_seed(trained):
     assert sample(1, 0) == sample(2, 0)
 
 
+def test_a_run_on_text_answers_a_prompt_and_nothing_else(data_path, run_id, tmp_path):
+    assert run_cli(data_path, f"--run_id={run_id}", "--iterations=2", "--jepa_lambda=0.1").returncode == 0
+    run = ROOT / "logs" / run_id
+    assert evaluated("--run", run, "--prompt", "the cat", "--tokens", 5)["prompt"] == "the cat"
+    for flags in ([], ["--similarity"]):
+        with pytest.raises(SystemExit, match="was trained on text .*choose --prompt"):
+            evaluate.main(["--run", str(run), "--data", write_lines(tmp_path / "x.jsonl", PAIR), *flags])
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--run", "/nowhere", "--prompt", "x"], "no config.yaml in it"), (["--run", "RUN"], "give either --data, with or without --similarity, or --prompt"),
     (["--run", "RUN", "--data", "/nowhere.jsonl"], "/nowhere.jsonl: No such file"), (["--run", "RUN", "--data", "GROUPS"], "holds groups, here pairs are needed")])

@@ -88,6 +88,17 @@ def test_a_term_that_starts_halfway_leaves_the_first_half_untouched(data_path):
     assert [n for n, values in late.rows if "jepa_loss" in values] == [6, 7, 8, 9, 10]
 
 
+def test_ratio_drops_the_term_from_whole_steps(data_path):
+    seed = next(n for n in range(100) if [jepa.keeps_term(n, step, 0.5) for step in range(4)] == [False, False, False, True])
+    _, off = train_in_process(make_config(data_path, iterations=10, seed=seed))
+    _, some = train_in_process(make_config(data_path, iterations=10, seed=seed, jepa_lambda=0.5, jepa_ratio=0.5))
+    assert [n - 1 for n, values in some.rows if "jepa_loss" in values] == [step for step in range(10) if jepa.keeps_term(seed, step, 0.5)]
+    # the loss of the fourth step is that of three plain ones; its own term shows in the fifth
+    assert some.curve("train_loss")[:4] == off.curve("train_loss")[:4] and some.curve("train_loss")[4] != off.curve("train_loss")[4]
+    _, whole = train_in_process(make_config(data_path, iterations=10, seed=seed, jepa_lambda=0.5))
+    assert len(whole.curve("jepa_loss")) == 10
+
+
 def test_warm_up_leaves_no_trace(data_path):
     settings = dict(jepa_lambda=0.1, jepa_start_frac=0.5)
     _, cold = train_in_process(make_config(data_path, **settings))
