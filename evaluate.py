@@ -49,11 +49,12 @@ def in_batches(items, size):
     return progress([items[i:i + size] for i in range(0, len(items), size)], desc="evaluating")
 
 
-def read_test(data, path, kind, bad="stop"):
-    """The views of a file's examples, with the system message where the run's data keeps it; ValueError where they are not of this kind."""
+def read_test(data, path, kind=None, bad="stop"):
+    """The views of a file's examples, with the system message where the run's data keeps it; ValueError where they are not of
+    this kind, by default that of the run's data."""
     if not isinstance(data, PairData):
         raise ValueError(f"the run was trained on text ({data.folder}), not on pairs or groups; choose --prompt")
-    examples = read_jsonl(path, bad)
+    examples, kind = read_jsonl(path, bad), kind or data.meta["kind"]
     if examples[0][1] != kind:
         raise ValueError(f"{path} holds {examples[0][1]}, here {kind} are needed: an accuracy is that of pairs, a similarity that of the run's own kind")
     return [[f"{system}\n{views[0]}" if data.meta["keep_system"] and system else views[0], *views[1:]] for _, _, system, views in examples]
@@ -88,8 +89,9 @@ def accuracy(data, model, path, batch_size, bad="stop"):
 def similarity(cfg, data, model, path, batch_size, bad="stop"):
     """{"matched", "shuffled": mean and quantiles of the cosine of view A and view B, "pairs", "skipped"} over the examples of a
     file; skipped: examples that fit no row of the run."""
-    cfg, encode = dataclasses.replace(cfg, jepa_objective="pair"), saved_encoding(data.folder, data.meta).encode_ordinary
-    test = [[encode(view) for view in views] for views in read_test(data, path, data.meta["kind"], bad)]
+    cfg, test = dataclasses.replace(cfg, jepa_objective="pair"), read_test(data, path, bad=bad)
+    encode = saved_encoding(data.folder, data.meta).encode_ordinary
+    test = [[encode(view) for view in views] for views in test]
     fits = [all(len(d) <= cfg.train_seq_len for d in data.lay_out(views, True).documents) for views in test]
     skipped, test = len(test) - sum(fits), [views for views, fit in zip(test, fits) if fit]
     if len(test) < 2:

@@ -136,7 +136,7 @@ def test_step_equals_every_view_alone(folders, kind, changes):
 
 
 @given(st.data())
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_step_equals_every_view_alone_whatever_the_examples(tmp_path_factory, draw):
     """The same over random lengths (rows filled to the last token included), k, position, direction, kind and micro-batch."""
     kind = draw.draw(st.sampled_from(["pairs", "groups"]))
@@ -393,10 +393,10 @@ def test_ratio_1_is_no_dropout_and_a_dropped_step_is_a_plain_one_bit_for_bit(fol
             losses, flops = train_gpt.accumulate_gradients(model, train_gpt.training_loss, c, d, share, dropped, weight)
             gradients.append([losses, torch.tensor(flops), *(p.grad for p in model.parameters())])
         assert all(torch.equal(x, y) for x, y in zip(*gradients))
-        _, always = train_in_process(dataclasses.replace(cfg, jepa_ratio=1.0))
-        assert len(always.curve("jepa_loss")) == cfg.iterations
-        _, some = train_in_process(dataclasses.replace(cfg, iterations=12))
-        assert [n - 1 for n, values in some.rows if "jepa_loss" in values] == [n for n, k in enumerate(kept) if k]
+    _, always = train_in_process(dataclasses.replace(cfg, jepa_ratio=1.0))
+    assert len(always.curve("jepa_loss")) == cfg.iterations
+    _, some = train_in_process(dataclasses.replace(cfg, iterations=12))
+    assert [n - 1 for n, values in some.rows if "jepa_loss" in values] == [n for n, k in enumerate(kept) if k]
 
 
 def test_dropout_rate_is_the_ratio():
@@ -446,7 +446,7 @@ def test_predictor_is_trained_saved_and_in_one_optimizer(folders):
 
 def test_term_lowers_itself(folders):
     """The gradient points the right way."""
-    cfg = make_config(folders["pairs"], jepa_lambda=2.0, iterations=30, jepa_distance="infonce", grad_accum_steps=1)
+    cfg = make_config(folders["pairs"], jepa_lambda=2.0, iterations=15, jepa_distance="infonce", grad_accum_steps=1)
     _, log = train_in_process(cfg)
     assert log.curve("jepa_loss")[-1] < log.curve("jepa_loss")[0] - 0.2
 
@@ -477,10 +477,9 @@ def test_two_ranks_share_a_step_as_one_does(folders, kind, changes):
         assert_gradient(p.grad, theirs)
 
 
-@pytest.mark.parametrize("distance", ["cosine", "infonce"])
-def test_two_processes_train_as_one(folders, run_id, distance):
-    """InfoNCE too: its negatives are those of the whole step, however many ranks and micro-batches hold it."""
-    flags = ["--jepa_objective=pair", "--jepa_lambda=0.5", f"--jepa_distance={distance}", "--iterations=4", "--train_seq_len=64", "--num_layers=2",
+def test_two_processes_train_as_one(folders, run_id):
+    """With InfoNCE, whose negatives are those of the whole step, however many ranks and micro-batches hold it."""
+    flags = ["--jepa_objective=pair", "--jepa_lambda=0.5", "--jepa_distance=infonce", "--iterations=3", "--train_seq_len=64", "--num_layers=2",
              "--train_batch_tokens=512"]
     curves = []
     for name, ranks, accum in ((f"{run_id}-one", 0, 1), (f"{run_id}-two", 2, 2)):
