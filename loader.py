@@ -308,19 +308,27 @@ class PairData(Shards):
             self.warnings.append(f"{found}: truncated (LONG_EXAMPLES)")
 
     def check_micro_batch(self, share):
-        """ValueError where an example, laid out as largely as any setting of the term does, doesn't fit an empty micro-batch:
-        the same for all arms, before the run, and not in the middle of it."""
-        R, T, k = share.micro_rows, self.cfg.train_seq_len, jepa.MAX_PRED_TOKENS
+        """ValueError where an example, in any layout a setting of the term can give it, doesn't fit an empty micro-batch: the
+        same for all arms, before the run, and not in the middle of it."""
+        R, T, most = share.micro_rows, self.cfg.train_seq_len, jepa.MAX_PRED_TOKENS
+
+        @functools.cache
+        def packs(*lengths):  # every layout, as first fit may fail on documents no longer than others that it places
+            views = [[0] * n for n in lengths]
+            try:
+                for k, front, reverse in itertools.product(range(most + 1), (False, True), (False, True)):
+                    jepa.pack([jepa.lay_out(views, paired=self.paired, marker=0, separator=0, preds=[0] * k, front=front, reverse=reverse)], R, T)
+            except ValueError:
+                return False
+            return True
+
         for split, s in self.sets.items():
-            total = 2 * (np.add.reduceat(s.length, s.first[:-1]) + (self.extra + k) * s.counts())  # at most
+            total = 2 * (np.add.reduceat(s.length, s.first[:-1]) + (self.extra + most) * s.counts())  # at most
             room = np.maximum(T, R * (T - self.longest_documents(split)))  # first fit leaves nothing over up to there
             for e in np.flatnonzero(total > room):
-                example = jepa.lay_out(s.views(e), paired=self.paired, marker=0, separator=0, preds=[0] * k, front=True)
-                try:
-                    jepa.pack([example], R, T)
-                except ValueError:
-                    raise ValueError(f"a micro-batch of {R} rows of {T} tokens is too small for {split} example {e + 1} of {self.folder}, {len(example.documents)} "
-                                     "documents in its largest layout; lower GRAD_ACCUM_STEPS, or raise TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN") from None
+                if not packs(*s.length[s.first[e]:s.first[e + 1]].tolist()):
+                    raise ValueError(f"a micro-batch of {R} rows of {T} tokens is too small for {split} example {e + 1} of {self.folder} with the most "
+                                     "[PRED] tokens; lower GRAD_ACCUM_STEPS, or raise TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN")
 
     def shuffle(self, epoch):
         """(permutation of the train examples, where their trunks begin in the epoch)."""
