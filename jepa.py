@@ -98,10 +98,10 @@ class Document:
 
     It is laid out depth first: trunk[:fork + 1], branch, the rest of the trunk. So a token sees an earlier one exactly
     where it lies in that one's subtree, which is an interval: `ends` holds, for every token, the index behind its last
-    descendant. Trunk tokens from loss_from on are targets of the token before them.
+    descendant. The trunk tokens loss_on, never the first, are targets of the token before them.
     """
     trunk: list
-    loss_from: int = 1
+    loss_on: range = range(0)
     branch: list = field(default_factory=list)
     fork: int = 0
 
@@ -122,15 +122,32 @@ class Document:
         idx[columns], idx[branch] = self.trunk, self.branch
         positions[columns], positions[branch] = trunk, np.arange(inner, inner + k)
         ends[columns], ends[branch] = stop, at + inner + k
-        if self.loss_from < n:
-            targets[columns[self.loss_from - 1:-1]] = self.trunk[self.loss_from:]
+        trained = np.array(self.loss_on, dtype=int)
+        targets[columns[trained - 1]] = np.array(self.trunk)[trained]
 
 
 @dataclass
 class Example:
     """The documents of one example, and its pairs of views ((document, index of a token in it), the same): A predicts B."""
     documents: list
-    pairs: list
+    pairs: list = field(default_factory=list)
+
+    def add_pair(self, a, b, branch=()):
+        """Let view a predict view b. A view is (document, index of its last token), or tokens that are encoded for the term
+        alone, in a document of their own; a's own state is the last of `branch`, the tokens that continue it."""
+        def place(view):
+            if isinstance(view, tuple):
+                return view
+            self.documents.append(Document(view))
+            return len(self.documents) - 1, len(view) - 1
+        number, last = place(a)
+        if len(branch):
+            self.documents[number].branch, self.documents[number].fork = list(branch), last
+        self.pairs.append(((number, last + len(branch)), place(b)))
+
+    def without_term(self):
+        """The documents that the cross entropy is about, without branches: what a step costs that drops the term."""
+        return Example([Document(d.trunk, d.loss_on) for d in self.documents if len(d.loss_on)])
 
 
 def lay_out(views, *, paired, marker, separator=None, preds=(), front=False, reverse=False, target_only=False, term=True):
@@ -143,29 +160,24 @@ def lay_out(views, *, paired, marker, separator=None, preds=(), front=False, rev
     that changes all its states. reverse: B and A change places. target_only: no loss on Text and separator.
     term=False: the trunks alone, as without JEPA. Source: LLM-JEPA, arXiv 2509.14252.
     """
-    def add(tokens):  # a document for the term alone, without targets; returns the place of its last token
-        documents.append(Document([marker, *tokens], loss_from=1 + len(tokens)))
-        return len(documents) - 1, len(tokens)
-
     if paired:
         text, code = views
-        documents = [Document([marker, *text, separator, *code, marker], len(text) + 2 if target_only else 1)]
+        trunk = [marker, *text, separator, *code, marker]
+        documents = [Document(trunk, range(len(text) + 2 if target_only else 1, len(trunk)))]
         ways, places = [(0, 1)], {0: (0, len(text))}  # the last token of a view, where it is encoded anyway
     else:
-        documents = [Document([marker, *view, marker]) for view in views]
+        documents = [Document([marker, *view, marker], range(1, len(view) + 2)) for view in views]
         ways = [(i, i + 1) for i in range(len(views) - 1)]
         places = {i: (i, len(view)) for i, view in enumerate(views)}
-    pairs = []
+    example = Example(documents)
     for a, b in ways if term else ():
         a, b = (b, a) if reverse else (a, b)
+        view_b = places.get(b, [marker, *views[b]])
         if front and len(preds):
-            end_a = add([*preds, *views[a]])
+            example.add_pair([marker, *preds, *views[a]], view_b)
         else:
-            number, last = places[a] if a in places else add(views[a])
-            documents[number].branch, documents[number].fork = list(preds), last
-            end_a = number, last + len(preds)
-        pairs.append((end_a, places[b] if b in places else add(views[b])))
-    return Example(documents, pairs)
+            example.add_pair(places.get(a, [marker, *views[a]]), view_b, preds)
+    return example
 
 
 def first_fit(lengths, left, T):
@@ -199,6 +211,22 @@ def pack(examples, rows, T):
         free[m:m + 1] = [(left, int(left.sum()), int(left.max()))]
         placed[i] = m, places
     return placed
+
+
+def write_rows(documents, places, rows, T, filler):
+    """Documents at their places [(row, column)] as the arrays idx, targets (-1: none), positions and ends, (rows, T), int64.
+
+    What is left of a row is a document of its own, of `filler` tokens without targets.
+    """
+    idx, targets = np.full((rows, T), filler), np.full((rows, T), -1)
+    positions, ends = np.tile(np.arange(T), (rows, 1)), np.full((rows, T), T)
+    filled = np.zeros(rows, dtype=np.int64)
+    for document, (row, column) in zip(documents, places):
+        document.write(column, idx[row], targets[row], positions[row], ends[row])
+        filled[row] = max(filled[row], column + len(document))
+    for row, column in enumerate(filled):
+        positions[row, column:] = np.arange(T - column)
+    return [x.astype(np.int64) for x in (idx, targets, positions, ends)]
 
 
 def pair_views(h, a, b):

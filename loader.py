@@ -378,25 +378,20 @@ class PairData(Shards):
     def fill(self, examples, placed, share):
         """This rank's micro-batches of packed examples, and the cost of all, as load returns them."""
         R, T = share.micro_rows, self.cfg.train_seq_len
-        rounds = self.rounds(placed, share)
-        mine = range(share.rank, rounds * share.world_size, share.world_size)
-        idx, targets = np.full((rounds, R, T), self.doc_token), np.full((rounds, R, T), -1)
-        positions, ends = np.tile(np.arange(T), (rounds, R, 1)), np.full((rounds, R, T), T)
-        filled, visible, num_targets = np.zeros((rounds * share.world_size, R), dtype=np.int64), 0, 0
+        held = [([], []) for _ in range(self.rounds(placed, share) * share.world_size)]  # per micro-batch, documents and places
         for example, (m, places) in zip(examples, placed):
-            for document, (row, column) in zip(example.documents, places):
-                if m in mine:
-                    n = m // share.world_size
-                    document.write(column, idx[n, row], targets[n, row], positions[n, row], ends[n, row])
-                filled[m, row] = max(filled[m, row], column + len(document))
+            held[m][0].extend(example.documents)
+            held[m][1].extend(places)
+        padding, visible, num_targets = np.full((len(held), R), T), 0, 0
+        for m, (documents, places) in enumerate(held):
+            for document, (row, column) in zip(documents, places):
+                padding[m, row] -= len(document)
                 visible += document.visible_pairs()
-                num_targets += len(document.trunk) - document.loss_from
-        padding = T - filled
-        for n, m in enumerate(mine):  # what is left of a row is a document of its own, without targets
-            for row in range(R):
-                positions[n, row, filled[m, row]:] = np.arange(padding[m, row])
-        arrays = (torch.from_numpy(x.astype(np.int64)) for x in (idx, targets, positions, ends))
-        batches = [Batch(i, t, torch.tensor(float(num_targets)), p, e) for i, t, p, e in zip(*arrays)]
+                num_targets += len(document.loss_on)
+        batches = []
+        for documents, places in held[share.rank::share.world_size]:
+            i, t, p, e = map(torch.from_numpy, jepa.write_rows(documents, places, R, T, self.doc_token))
+            batches.append(Batch(i, t, torch.tensor(float(num_targets)), p, e))
         return batches, (padding.size * T, int(visible + (padding * (padding + 1) // 2).sum()))
 
     @staticmethod

@@ -268,7 +268,7 @@ def test_targets_are_the_trunks_own_and_always_end(folders, kind, loss_on):
     for example, (m, places) in zip(examples, placed):
         for d, (row, column) in zip(example.documents, places):
             targets = batches[m].targets[row, column:column + len(d)]
-            trained = d.loss_from < len(d.trunk)
+            trained = len(d.loss_on) > 0
             assert (targets[-2 if not d.branch or d.fork < len(d.trunk) - 2 else d.fork] == data.doc_token) == trained
             assert not trained and (targets == -1).all() or trained and targets[-1] == -1
 
