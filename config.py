@@ -1,6 +1,7 @@
 """Settings of a script, one dataclass of knobs: default < YAML (--config) < environment (JEPA_LAMBDA=0.1) < flag (--jepa_lambda 0.1).
 
-The environment name is the field name in capitals. Misspelt keys, flags and JEPA_* variables are refused.
+The environment name is the field name in capitals. Misspelt keys, flags and JEPA_* variables are refused. load_sections is the
+same for a YAML file of sections, without the environment.
 """
 import argparse
 import dataclasses
@@ -16,14 +17,14 @@ def knob(default, doc, low=None, high=None):
     return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high})
 
 
-def check_ranges(config):
+def check_ranges(config, name=lambda f: f.name.upper()):
     """Raise ValueError naming the first knob outside its range, or not finite."""
     for f in dataclasses.fields(config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         if f.type is float and not math.isfinite(value):
-            raise ValueError(f"{f.name.upper()}={value}: must be finite")
+            raise ValueError(f"{name(f)}={value}: must be finite")
         if low is not None and not low <= value <= (math.inf if high is None else high):
-            raise ValueError(f"{f.name.upper()}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
+            raise ValueError(f"{name(f)}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
 
 
 def parse_value(kind, text, where):
@@ -45,6 +46,21 @@ def nearest(name, names):
     return "".join(f"; did you mean {match}?" for match in difflib.get_close_matches(name, names, n=1, cutoff=0.5))
 
 
+def read_yaml(path):
+    """The mapping that a YAML file holds; ValueError says why it is none."""
+    try:
+        loaded = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ValueError(f"--config {path}: {' '.join(str(e).split())}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"--config {path}: must be lines of `key: value`")
+    return loaded
+
+
+def refuse(message):
+    raise ValueError(message)
+
+
 def load_config(Config, argv, environ, description=""):
     """(Config, {field: where its value comes from}, [warnings]); ValueError says what is wrong, where, and what to do.
 
@@ -61,19 +77,12 @@ def load_config(Config, argv, environ, description=""):
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings")
     for name, f in fields.items():
         parser.add_argument(f"--{name}", metavar=f.type.__name__.upper(), help=f"{f.metadata['doc']} (default: {f.default!r})".replace("%", "%%"))
-    def refuse(message):
-        raise ValueError(message)
     parser.error = refuse
     flags, unknown = parser.parse_known_args(argv)
     for flag in unknown:
         raise ValueError(f"unknown argument {flag}{nearest(flag.split('=')[0].lstrip('-'), fields)}")
     if flags.config:
-        try:
-            loaded = yaml.safe_load(Path(flags.config).read_text()) or {}
-        except (OSError, yaml.YAMLError) as e:
-            raise ValueError(f"--config {flags.config}: {' '.join(str(e).split())}") from None
-        if not isinstance(loaded, dict):
-            raise ValueError(f"--config {flags.config}: must be lines of `key: value`")
+        loaded = read_yaml(flags.config)
         for name, value in loaded.items():
             if name not in fields:
                 raise ValueError(f"{flags.config}: unknown key {name}{nearest(str(name), fields)}")
@@ -90,3 +99,48 @@ def load_config(Config, argv, environ, description=""):
         if getattr(flags, name) is not None:
             put(name, getattr(flags, name), f"flag --{name}")
     return Config(**values), origin, warnings
+
+
+def load_sections(Config, argv, aliases, description=""):
+    """(Config, {section.key: where its value comes from}) of a dataclass whose fields are dataclasses of knobs; default < YAML < flag.
+
+    A flag is --section.key, --key where no other section has that key, or an alias ({flag name: section.key}); a bool's needs
+    no value. null in the YAML file is the default.
+    """
+    sections = {s.name: s.type for s in dataclasses.fields(Config)}
+    fields = {f"{s}.{f.name}": f for s, kind in sections.items() for f in dataclasses.fields(kind)}
+    short = [key.split(".")[1] for key in fields]
+    flags = {key: key for key in fields} | {s: key for s, key in zip(short, fields) if short.count(s) == 1} | aliases
+    values, origin = {}, dict.fromkeys(fields, "default")
+
+    def put(key, text, where):
+        if text is not None:
+            values[key], origin[key] = parse_value(fields[key].type, text, where), where
+
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file with the sections {', '.join(sections)}")
+    parser.error = refuse
+    for key, f in fields.items():
+        own = {"nargs": "?", "const": "true"} if f.type is bool else {}
+        parser.add_argument(*(f"--{flag}" for flag, of in flags.items() if of == key), dest=key, metavar=f.type.__name__.upper(),
+                            help=f"{f.metadata['doc']} (default: {f.default!r})".replace("%", "%%"), **own)
+    given, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        name = flag.split("=")[0].lstrip("-")
+        both = [key for key in fields if key.split(".")[1] == name]
+        raise ValueError(f"unknown argument {flag}" + (f"; say --{' or --'.join(both)}" if both else nearest(name, flags)))
+    for section, keys in (read_yaml(given.config) if given.config else {}).items():
+        if section not in sections:
+            raise ValueError(f"{given.config}: unknown section {section}{nearest(str(section), sections)}; there are {', '.join(sections)}")
+        if not isinstance(keys, (dict, type(None))):
+            raise ValueError(f"{given.config}: section {section} must hold lines of `key: value`")
+        for name, value in (keys or {}).items():
+            if f"{section}.{name}" not in fields:
+                raise ValueError(f"{given.config}: unknown key {section}.{name}{nearest(f'{section}.{name}', fields)}")
+            put(f"{section}.{name}", value, f"{given.config}: {section}.{name}")
+    for key in fields:
+        put(key, getattr(given, key), f"flag --{key}")
+    config = Config(**{s: kind(**{key.split(".")[1]: v for key, v in values.items() if key.split(".")[0] == s}) for s, kind in sections.items()})
+    for s in sections:
+        check_ranges(getattr(config, s), lambda f: f"{s}.{f.name}")
+    return config, origin

@@ -1,0 +1,570 @@
+"""Fine-tune a Hugging Face causal LM with next-token cross entropy and a JEPA term: LLM-JEPA, Step-JEPA, STP (span).
+
+    python finetune.py --config configs/finetune_example.yaml            one process: a GPU, or a CPU
+    torchrun --nproc_per_node 8 finetune.py --config FILE                one process a GPU
+    jepa-llm --config my-run.yaml                                        the same, where the project is installed
+
+Each key of the YAML file is a flag too, --section.key or --key. Examples are packed as trees (jepa.py): every token is encoded
+once, in one forward pass, and every view has the states it would have alone. Shapes: R rows of T tokens, D width, N views.
+"""
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import random
+import sys
+import time
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+import yaml
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+import jepa
+from chat import Chat
+from config import knob, load_sections
+from examples import pack, prepare, read_records
+from loader import span_generator
+from model import tree_mask
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as jepa-llm
+# flags of finetune.py, finetune8bh200.py and finetune_step_jepa_adapted.py that are called otherwise here
+ALIASES = {"model_name": "model.name", "lora": "model.use_lora", "seed": "general.finetune_seed", "trainall": "dataset.train_all", "wandb": "general.use_wandb"}
+
+
+@dataclass
+class General:
+    debug: int = knob(0, "above 0: show the first examples as they are trained on", 0)
+    finetune_seed: int = knob(42, "of data order, spans, dropped terms, new weights", 0)
+    use_wandb: bool = knob(False, "report to Weights & Biases")
+    wandb_project: str = knob("jepa-llm", "its project")
+    wandb_run_name: str = knob("", "its run name; empty: output_dir's")
+    wandb_entity: str = knob("", "its entity")
+    wandb_group: str = knob("", "its group")
+    wandb_tags: str = knob("", "its tags, separated by commas")
+    wandb_mode: str = knob("online", "online, offline or disabled")
+
+
+@dataclass
+class Model:
+    name: str = knob("meta-llama/Llama-3.2-1B-Instruct", "Hugging Face name or folder")
+    use_lora: bool = knob(False, "train LoRA adapters, merged into the model in the end; frozen weights stay in dtype, so less memory")
+    lora_rank: int = knob(16, "their rank; alpha is twice that, dropout 0.1", 1)
+    pretrain: bool = knob(False, "start from random weights")
+    cache_dir: str = knob("", "where downloaded models lie")
+    trust_remote_code: bool = knob(False, "run Python code that comes with the model")
+    attn_implementation: str = knob("auto", "sdpa or eager (a dense mask, T numbers a token), flex_attention (CUDA), or auto: flex_attention where model and device have it and max_length is above 1,024")
+
+
+@dataclass
+class Data:
+    train_file: str = knob("", "JSON-lines file of messages (or, with plain, of paraphrases), or a Hugging Face dataset with a messages column")
+    eval_file: str = knob("", "the same, evaluated every eval_steps")
+    data_file: str = knob("", "the same, to be split into train and eval")
+    eval_split: float = knob(0.2, "share of data_file that is eval", 0, 1)
+    split_seed: int = knob(42, "of that split", 0)
+    max_items: int = knob(0, "training examples at most; 0: all", 0)
+    max_eval_items: int = knob(0, "eval examples at most; 0: all", 0)
+    config_name: str = knob("", "configuration of a Hugging Face dataset")
+    train_split: str = knob("", "its split; empty: train, and for eval_file test")
+    max_length: int = knob(512, "tokens a document may have; what is longer is cut, and counted", 8)
+    predictors: int = knob(0, "[PRED] tokens that continue view A; each one more token an example", 0, jepa.MAX_PRED_TOKENS)
+    views: str = knob("prefix", "of pairs: prefix, view A is the conversation up to the user's text, which costs nothing; standalone, each view is a conversation of its own")
+    train_all: bool = knob(False, "cross entropy on every token, not on the assistant's alone")
+    plain: bool = knob(False, "no chat template: the user's text, a line break, the assistant's, an end token")
+    remove_thinking: bool = knob(True, "drop <think> and <Thought> passages and <Output>, <Answer> tags of the assistant's text")
+    cache_dir: str = knob("", "where downloaded datasets lie")
+    preprocess_num_proc: int = knob(0, "processes that clean texts; 0: one a core, and one for a thousand examples", 0)
+    tokenize_num_proc: int = knob(0, "processes that tokenise; 0: as above", 0)
+    tokenize_batch_size: int = knob(1000, "examples that one of them takes at a time", 1)
+
+
+@dataclass
+class Training:
+    output_dir: str = knob("./checkpoints", "checkpoints, the model, config.yaml, metrics.jsonl, result.json")
+    batch_size: int = knob(4, "examples a micro-batch and process", 1)
+    grad_accum: int = knob(4, "micro-batches a step", 1)
+    learning_rate: float = knob(2e-5, "at the start; falls linearly to 0", 0)
+    num_epochs: float = knob(3.0, "epochs", 0)
+    eval_steps: int = knob(10, "steps between evaluations", 1)
+    save_steps: int = knob(0, "steps between checkpoints; 0: every epoch", 0)
+    save_total_limit: int = knob(2, "checkpoints that are kept", 1)
+    logging_steps: int = knob(1, "steps between log lines", 1)
+    lbd: float = knob(0.1, "weight of the JEPA term", 0)
+    gamma: float = knob(1.0, "weight of the cross entropy", 0)
+    last_token: int = knob(0, "a view's state is that of this token of its turn, counted from the turn's end, -1 its last; 0: its last token of content, which depends on no template", None)
+    regular: bool = knob(False, "no JEPA term")
+    step_jepa: bool = knob(False, "Step 1 of the assistant's text predicts Step 2; a blank line ends a step")
+    span: bool = knob(False, "a random span of user and assistant text against what surrounds it (STP)")
+    front_pred: bool = knob(False, "[PRED] tokens before view A; it is encoded again for that")
+    reverse_pred: bool = knob(False, "view B predicts view A")
+    linear_predictor: bool = knob(False, "a trained D x D map on view A")
+    jepa_l2: bool = knob(False, "distance: L2 norm, instead of 1 - cosine")
+    jepa_mse: bool = knob(False, "distance: mean squared error")
+    infonce: bool = knob(False, "distance: InfoNCE among the views of a micro-batch, so batch_size changes it")
+    jepa_ratio: float = knob(-1.0, "chance that a step computes the term at all; -1 or 1: always", -1, 1)
+    same_flop: bool = knob(False, "as many steps as cost what num_epochs cost without the term")
+    track_flop: bool = knob(False, "print the FLOPs of the first ten steps")
+    additive_mask: bool = knob(False, "one forward pass for all views; that is so anyway")
+    memory_efficient: bool = knob(False, "one example at a time and activation checkpointing: same loss, less memory, slower")
+    gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: a third more time, much less memory")
+    dtype: str = knob("bf16", "of the computation: bf16, fp16 (CUDA) or float32; weights that are trained are float32")
+    optimizer: str = knob("adamw_8bit", "of TrainingArguments.optim; an 8-bit one needs CUDA and bitsandbytes, adamw_torch_fused is taken without them")
+    fsdp: bool = knob(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
+    resume: str = knob("", "continue from this checkpoint; auto: from output_dir's newest, if there is one")
+
+
+@dataclass
+class Config:
+    general: General = field(default_factory=General)
+    model: Model = field(default_factory=Model)
+    dataset: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self):
+        t, d = self.training, self.dataset
+        for names in (("regular", "step_jepa", "span"), ("jepa_l2", "jepa_mse", "infonce")):
+            if sum(getattr(t, name) for name in names) > 1:
+                raise ValueError(f"training: choose one of {', '.join(name for name in names if getattr(t, name))}")
+        for wrong, message in (
+                (t.dtype not in DTYPES, f"training.dtype={t.dtype}: must be one of {', '.join(DTYPES)}"),
+                (t.dtype == "fp16" and not torch.cuda.is_available(), "training.dtype=fp16: needs CUDA; choose bf16 or float32"),
+                (d.views not in ("prefix", "standalone"), f"dataset.views={d.views}: must be prefix or standalone"),
+                (self.model.attn_implementation not in ("auto", "sdpa", "eager", "flex_attention"),
+                 f"model.attn_implementation={self.model.attn_implementation}: must be auto, sdpa, eager or flex_attention"),
+                (not (t.jepa_ratio == -1 or 0 < t.jepa_ratio <= 1), f"training.jepa_ratio={t.jepa_ratio}: must be -1, or above 0 and at most 1"),
+                (t.last_token > 0, f"training.last_token={t.last_token}: must be -1 or less, counted from the end, or 0"),
+                (t.span and (d.predictors or t.front_pred or t.reverse_pred or t.last_token), "training.span: its two vectors are differences of states; "
+                 "dataset.predictors, front_pred, reverse_pred and last_token belong to the other objectives"),
+                (bool(d.train_file) == bool(d.data_file), "give either dataset.train_file or dataset.data_file"),
+                (d.data_file and d.eval_file, "dataset.eval_file: data_file is split into train and eval; give train_file with it"),
+                (d.data_file and d.eval_split == 1, "dataset.eval_split=1: leaves nothing to train on"),
+                (self.general.wandb_mode not in ("online", "offline", "disabled"), f"general.wandb_mode={self.general.wandb_mode}: must be online, offline or disabled")):
+            if wrong:
+                raise ValueError(message)
+
+    @property
+    def distance(self):
+        t = self.training
+        return "l2" if t.jepa_l2 else "mse" if t.jepa_mse else "infonce" if t.infonce else "cosine"
+
+    @property
+    def ratio(self):
+        """Share of the steps that compute the term."""
+        t = self.training
+        return 0.0 if t.regular or t.lbd == 0 else 1.0 if t.jepa_ratio == -1 else t.jepa_ratio
+
+
+# ---- model
+
+
+def load_model(cfg):
+    """(model, tokenizer, ids of the [PRED] tokens); the model's forward gives logits at labels, and views."""
+    m = cfg.model
+    options = {"cache_dir": m.cache_dir or None, "trust_remote_code": m.trust_remote_code}
+    dtype = DTYPES[cfg.training.dtype] if m.use_lora and not m.pretrain else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(m.name, **options)
+        config = AutoConfig.from_pretrained(m.name, **options)
+        check_layers(config.get_text_config(), cfg.dataset.max_length)
+        attention = m.attn_implementation
+        if attention == "auto":
+            flex = torch.cuda.is_available() and cfg.dataset.max_length > 1024
+            supported = getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_flex_attn", False)
+            attention = "flex_attention" if flex and supported else "sdpa"
+        options |= {"dtype": dtype, "attn_implementation": attention}
+        if m.pretrain:
+            options.pop("cache_dir")
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(m.name, **options)
+    except (OSError, ImportError) as e:
+        raise ValueError(f"model.name={m.name}: cannot be loaded ({' '.join(str(e).split())[:300]})") from None
+    model.config.use_cache = False
+    preds = add_pred_tokens(tokenizer, model, cfg.dataset.predictors)
+    if cfg.training.linear_predictor:
+        width = model.get_output_embeddings().weight.size(1)
+        model.jepa_predictor = nn.Linear(width, width, bias=False)
+        nn.init.eye_(model.jepa_predictor.weight)
+    tap_forward(model)
+    check_packing(model, dtype)
+    if cfg.training.gradient_checkpointing or cfg.training.memory_efficient:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if m.use_lora:
+        model = add_lora(model, cfg, preds)
+    return model, tokenizer, preds
+
+
+def check_layers(config, length):
+    """ValueError where some layer would do without its own attention pattern, which a mask of ours replaces."""
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True)
+    if window and slides and window < length:
+        raise ValueError(f"{config.model_type} has layers with a sliding window of {window} tokens, which the tree mask would replace; set dataset.max_length to at most {window}")
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{config.model_type} has layers of {', '.join(sorted(other))}: they mix tokens of a row without the tree mask; choose a model of full attention")
+
+
+def add_pred_tokens(tokenizer, model, count):
+    """Ids of <|predictor_1|>.. in the tokenizer, those that are new with the mean of all embeddings."""
+    names = [f"<|predictor_{n}|>" for n in range(1, count + 1)]
+    known = tokenizer.get_vocab()
+    new = [name for name in names if name not in known]
+    tokenizer.add_tokens([AddedToken(name, special=True, normalized=False) for name in new], special_tokens=True)
+    ids, new = tokenizer.convert_tokens_to_ids(names), tokenizer.convert_tokens_to_ids(new)
+    if ids and max(ids) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if new:
+        with torch.no_grad():
+            for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+                table[new] = table[:min(new)].float().mean(0).to(table.dtype)
+    return ids
+
+
+def add_lora(model, cfg, preds):
+    """The model with LoRA adapters; the embeddings of the [PRED] tokens and the predictor are trained whole."""
+    from peft import LoraConfig, get_peft_model
+    names = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()}
+    embedding = next(name for name, module in names.items() if module is model.get_input_embeddings())
+    return get_peft_model(model, LoraConfig(
+        task_type="CAUSAL_LM", r=cfg.model.lora_rank, lora_alpha=2 * cfg.model.lora_rank, lora_dropout=0.1, bias="none",
+        target_modules=[name for name in LORA_TARGETS if name in names] or "all-linear",
+        exclude_modules=["jepa_predictor"] if cfg.training.linear_predictor else None,
+        modules_to_save=["jepa_predictor"] if cfg.training.linear_predictor else None,
+        trainable_token_indices={embedding: preds} if preds else None))
+
+
+def tap_forward(model):
+    """Let model(..., keep=..., views=...) return (logits (n, V) of the kept states, view A, view B (N, D), noise floor or None).
+
+    keep (n,), views (2, N) or (4, N): indices into the R * T states. The states are what the head gets: behind the last norm,
+    as hidden_states[-1]. The head computes kept states alone, with whatever scaling the model's own forward adds.
+    """
+    original = model.forward
+
+    def forward(self, *args, keep=None, views=None, **inputs):
+        if keep is None:
+            return original(*args, **inputs)
+        states = []
+
+        def select(head, inputs):
+            states.append(inputs[0].flatten(0, 1))
+            return (states[0][keep][None],)
+
+        hook = self.get_output_embeddings().register_forward_pre_hook(select)
+        try:
+            logits = original(*args, use_cache=False, **{name: x for name, x in inputs.items() if x is not None}).logits[0]
+        finally:
+            hook.remove()
+        if views is None:
+            return logits, None, None, None
+        floor = None
+        if len(views) == 4:
+            u, v = (x[0] for x in jepa.span_views(states[0][None], *(x[None] for x in views)))
+            floor = jepa.noise_floor(states[0][None], views[1][None])[0]
+        else:
+            u, v = jepa.pair_views(states[0][None], *views)
+        return logits, self.jepa_predictor(u) if hasattr(self, "jepa_predictor") else u, v, floor
+
+    model.forward = types.MethodType(forward, model)
+
+
+def attention_mask(model, ends):
+    """What the model's attention takes for rows of trees: a BlockMask, or an additive mask (R, 1, T, T), right under sdpa and eager."""
+    if model.config._attn_implementation == "flex_attention":
+        return tree_mask(ends, flex=True)
+    visible = tree_mask(ends, flex=False)
+    dtype = torch.get_autocast_dtype(ends.device.type) if torch.is_autocast_enabled(ends.device.type) else model.dtype
+    return torch.zeros(visible.shape, dtype=dtype, device=ends.device).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def check_packing(model, dtype):
+    """ValueError where a packed row doesn't give each document the logits that it has alone: whatever the reason, training would go wrong."""
+    if model.config._attn_implementation == "flex_attention" and model.device.type == "cpu":
+        return  # FlexAttention is compiled for the device that trains
+    tokens = torch.arange(20).tolist()
+    trunk, branch, lone = tokens[:7], tokens[7:9], tokens[9:14]
+    alone, training = [trunk, trunk[:4] + branch, lone], model.training
+    batch = pack([jepa.Example([jepa.Document(trunk, range(1, 7), branch, 3), jepa.Document(lone, range(1, 5))])], False, 0)
+    batch = {name: x.to(model.device) for name, x in batch.items()}
+    model.eval()
+    packed, *_ = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(model, batch["ends"]),
+                       keep=torch.arange(batch["input_ids"].numel(), device=model.device))
+    rows = [packed[[0, 1, 2, 3, 6, 7, 8]], packed[:6]]
+    lone_at = (batch["input_ids"].flatten() == lone[0]).nonzero()[0, 0]
+    rows.append(packed[lone_at:lone_at + 5])
+    for seen, row in zip(rows, alone):
+        expected = model(input_ids=torch.tensor([row], device=model.device), use_cache=False).logits[0]
+        if not (seen - expected).norm() <= (1e-3 if dtype == torch.float32 else 0.05) * expected.norm():
+            raise ValueError(f"{model.config.model_type} doesn't give a packed document the logits it has alone (its attention or its positions follow "
+                             "rules of their own); choose another model")
+    model.train(training)
+
+
+# ---- training
+
+
+class JepaTrainer(Trainer):
+    """gamma * CE + lbd * JEPA over packed examples; each a sum over the step's labels or pairs, of all processes, over their number."""
+
+    def __init__(self, cfg, filler, **arguments):
+        super().__init__(data_collator=list, **arguments)
+        self.cfg, self.filler, self.loss_is_scaled_for_ga = cfg, filler, True
+        flex = self.model.config._attn_implementation == "flex_attention"
+        # a document may be as long as max_length, and its branch comes on top
+        self.rows_of = -(-(cfg.dataset.max_length + cfg.dataset.predictors + 8) // 128) * 128 if flex else 0
+        self.parts = torch.zeros(2, device=self.args.device)  # (CE, JEPA) since the last log line
+        self.part_steps, self.flops = [0, 0], 0
+
+    def pack(self, examples, term, generator):
+        """A list of micro-batches for these examples: one, or with memory_efficient one for each of them."""
+        if not term:
+            examples = [e.without_term() for e in examples]
+        apart = self.cfg.training.memory_efficient and self.cfg.distance != "infonce"
+        batches = [pack(part, self.cfg.training.span, self.filler, generator, self.rows_of) for part in ([[e] for e in examples] if apart else [examples])]
+        return batches if term else [{**batch, "views": None} for batch in batches]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, lists, and its (labels, pairs) over all processes: here the Trainer has all of a step at once."""
+        cfg, step, rank = self.cfg, self.state.global_step, self.args.process_index
+        term = jepa.keeps_term(cfg.general.finetune_seed, step, cfg.ratio) and cfg.ratio > 0
+        generator = span_generator(cfg.general.finetune_seed, step * self.args.world_size + rank)
+        batches = [self.pack(examples, term, generator) for examples in itertools.islice(epoch_iterator, num_batches)]
+        return batches, self.count(itertools.chain(*batches), device)
+
+    def count(self, batches, device):
+        """(labels, pairs) of these micro-batches over all processes, at least 1."""
+        own = [((batch["labels"] >= 0).sum(), batch["weight"].sum() if batch["views"] is not None else 0) for batch in batches]
+        return self.accelerator.gather(torch.tensor(own, dtype=torch.float, device=device).reshape(-1, 2).sum(0, keepdim=True)).sum(0).clamp(min=1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of a micro-batch, or of its parts one by one."""
+        losses, tracks = [], self.cfg.training.track_flop and self.state.global_step < 10
+        with FlopCounterMode(display=False) if tracks else contextlib.nullcontext() as counter:
+            for n, part in enumerate(inputs, 1):
+                with contextlib.nullcontext() if n == len(inputs) else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, part, num_items_in_batch))
+        if tracks:
+            self.flops += counter.get_total_flops()
+            if self.accelerator.sync_gradients:
+                print(f"step {self.state.global_step + 1}: {self.flops:.4g} FLOPs on this process", flush=True)
+                self.flops = 0
+        return torch.stack(losses).sum()
+
+    def sums(self, model, inputs):
+        """(sum of CE over labels, sum of the distance over pairs or None) of a micro-batch."""
+        keep = (inputs["labels"].flatten() >= 0).nonzero()[:, 0]
+        logits, u, v, floor = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=attention_mask(self.model, inputs["ends"]),
+                                    keep=keep, views=inputs["views"])
+        ce = F.cross_entropy(logits.float(), inputs["labels"].flatten()[keep], reduction="sum")
+        return ce, None if u is None else jepa.distance(u, v, self.cfg.distance, inputs["weight"], floor, inputs["group"])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The part of the step's loss that this micro-batch is, times the number of processes, since gradients are averaged over them."""
+        ce, term = self.sums(model, inputs)
+        labels, pairs = num_items_in_batch
+        self.parts += torch.stack((ce.detach() / labels, torch.zeros_like(ce) if term is None else term.detach() / pairs))
+        if self.accelerator.sync_gradients and not getattr(self, "counted", None) == self.state.global_step:
+            self.counted = self.state.global_step
+            self.part_steps = [self.part_steps[0] + 1, self.part_steps[1] + (term is not None)]
+        t = self.cfg.training
+        loss = t.gamma * ce / labels
+        return (loss if term is None else loss + t.lbd * term / pairs) * self.args.world_size
+
+    def log(self, logs, start_time=None):
+        """Add the two parts, unweighted, to a line of training losses, and write all lines to metrics.jsonl."""
+        if "loss" in logs:
+            ce, term = self.accelerator.reduce(self.parts.clone(), "sum").tolist()
+            logs |= {"ce_loss": ce / max(1, self.part_steps[0])} | ({"jepa_loss": term / self.part_steps[1]} if self.part_steps[1] else {})
+            self.parts.zero_()
+            self.part_steps = [0, 0]
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({**logs, "step": self.state.global_step}) + "\n")
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """{"eval_loss": CE a label, "eval_jepa_loss"} over the eval examples, the term always computed."""
+        was_training, generator = self.model.training, span_generator(self.cfg.general.finetune_seed, 0)
+        model = self.model_wrapped if self.model_wrapped.training == was_training else self.model
+        model.eval()
+        total = torch.zeros(4, device=self.args.device)
+        for examples in self.get_eval_dataloader(eval_dataset):
+            for inputs in self.pack(examples, self.cfg.ratio > 0, generator):
+                ce, term = self.sums(model, self._prepare_inputs(inputs))
+                total += torch.stack((ce, (inputs["labels"] >= 0).sum(), total[0] * 0 if term is None else term, inputs["weight"].sum()))
+        ce, labels, term, pairs = self.accelerator.reduce(total, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": ce / labels} | ({f"{metric_key_prefix}_jepa_loss": term / pairs} if self.cfg.ratio and pairs else {})
+        model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs):
+        return sum(step_flops(self.model, batch) for batch in inputs)
+
+
+def step_flops(model, batch):
+    """FLOPs of forward and backward of a micro-batch, padding counted: 6 a weight and token, 12 a layer, width and pair of tokens of a
+    row (a dense mask computes them all). Source: arXiv 2204.02311, appendix B; trained adapters alone cost a third less."""
+    config, (R, T) = model.config.get_text_config(), batch["input_ids"].shape
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    network = sum(p.numel() for p in model.parameters()) - embedding.numel() - (0 if head is embedding else head.numel())
+    return 6 * network * R * T + 6 * head.numel() * int((batch["labels"] >= 0).sum()) + 12 * config.num_hidden_layers * config.hidden_size * R * T * T
+
+
+def same_flop_steps(trainer, examples, steps):
+    """How many steps cost what `steps` cost without the term, by the layouts of up to 200 micro-batches."""
+    size, r = trainer.args.per_device_train_batch_size, trainer.cfg.ratio
+    chunks = [examples[i:i + size] for i in range(0, min(len(examples), 200 * size), size)]
+    plain, full = (sum(trainer.floating_point_ops(trainer.pack(chunk, term, None)) for chunk in chunks) for term in (False, True))
+    return max(1, int(steps * plain / (r * full + (1 - r) * plain))), (r * full + (1 - r) * plain) / plain
+
+
+def arguments(cfg, evaluates):
+    """TrainingArguments of this config."""
+    g, t = cfg.general, cfg.training
+    if g.use_wandb:
+        names = {"PROJECT": g.wandb_project, "ENTITY": g.wandb_entity, "RUN_GROUP": g.wandb_group, "TAGS": g.wandb_tags, "MODE": g.wandb_mode}
+        os.environ.update({f"WANDB_{name}": value for name, value in names.items() if value})
+    cuda = torch.cuda.is_available()
+    fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}} if t.fsdp else {}
+    return TrainingArguments(
+        output_dir=t.output_dir, per_device_train_batch_size=t.batch_size, per_device_eval_batch_size=t.batch_size, gradient_accumulation_steps=t.grad_accum,
+        learning_rate=t.learning_rate, num_train_epochs=t.num_epochs, eval_strategy="steps" if evaluates else "no", eval_steps=t.eval_steps,
+        save_strategy="steps" if t.save_steps else "epoch", save_steps=t.save_steps or 500, save_total_limit=t.save_total_limit, logging_steps=t.logging_steps,
+        bf16=t.dtype == "bf16", fp16=t.dtype == "fp16", optim=optimizer_name(t.optimizer), seed=g.finetune_seed, data_seed=g.finetune_seed,
+        use_cpu=not cuda, ddp_backend=None if cuda or "RANK" not in os.environ else "gloo", ddp_find_unused_parameters=t.linear_predictor and cfg.ratio < 1,
+        remove_unused_columns=False, report_to=["wandb"] if g.use_wandb else [], run_name=g.wandb_run_name or Path(t.output_dir).name, **fsdp)
+
+
+def optimizer_name(name):
+    """The optimizer that is there."""
+    there = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")
+    return name if there or "8bit" not in name else "adamw_torch_fused"
+
+
+def save(trainer, tokenizer, cfg):
+    """The trained model as a folder that from_pretrained loads, adapters merged; of a sharded model with adapters these alone."""
+    folder, model = Path(cfg.training.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if cfg.model.use_lora else model
+    if cfg.training.fsdp:
+        return trainer.save_model()
+    if trainer.is_world_process_zero():
+        if cfg.model.use_lora:
+            base = model.merge_and_unload()
+        if cfg.training.linear_predictor:
+            from safetensors.torch import save_file
+            save_file({"weight": base.jepa_predictor.weight.detach().contiguous()}, folder / "jepa_predictor.safetensors")
+            del base.jepa_predictor
+        base.config.use_cache = True
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def run(cfg, origin):
+    """Train; returns the result, a flat dict."""
+    d, t, began = cfg.dataset, cfg.training, time.perf_counter()
+    folder = Path(t.output_dir)
+    if (folder / "result.json").exists():
+        raise ValueError(f"training.output_dir={folder} holds a finished run; choose another, or remove it")
+    first = os.environ.get("RANK", "0") == "0"
+    say = functools.partial(print, flush=True) if first else lambda *_: None
+    say(f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}; source "
+        + ", ".join(f"{name} {hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()[:12]}" for name in ("finetune.py", "jepa.py", "chat.py")))
+    for key, where in origin.items():
+        section, name = key.split(".")
+        say(f"{key} = {getattr(getattr(cfg, section), name)!r} ({where})")
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)  # a run resumed is the run uninterrupted
+    set_seed(cfg.general.finetune_seed)
+    if d.data_file:
+        records = read_records(d.data_file, cfg, "train", 0)
+        random.Random(d.split_seed).shuffle(records)
+        size = round(d.eval_split * len(records))
+        sets = {"train": (d.data_file, records[size:][:d.max_items or None]), "eval": (d.data_file, records[:size][:d.max_eval_items or None])}
+    else:
+        sets = {"train": (d.train_file, read_records(d.train_file, cfg, "train", d.max_items))}
+        sets["eval"] = d.eval_file, read_records(d.eval_file, cfg, "test", d.max_eval_items) if d.eval_file else []
+    model, tokenizer, preds = load_model(cfg)
+    chat = Chat(tokenizer, d.plain)
+    found = {}
+    for name, (source, records) in sets.items():
+        found[name], line = prepare(records, source, chat, cfg, preds) if records else ([], "")
+        say(f"{name}: {line}" if line else f"{name}: none")
+    if not found["train"]:
+        raise ValueError("no training examples")
+    if cfg.ratio and not any(e.pairs for e in found["train"]):
+        raise ValueError("no training example has a JEPA term; choose training.regular, or other data")
+    for example in found["train"][:2 * (cfg.general.debug > 0)]:
+        show(example, tokenizer, say)
+    for used, note in ((t.additive_mask, "additive_mask: all views are encoded in one forward pass anyway"),
+                       (t.memory_efficient, "memory_efficient: examples one at a time, activations computed again" if not t.infonce else
+                        "memory_efficient: activations computed again; infonce needs the micro-batch's views at once, so it stays whole"),
+                       (t.optimizer != optimizer_name(t.optimizer), f"optimizer: {optimizer_name(t.optimizer)}, since {t.optimizer} needs CUDA and bitsandbytes")):
+        if used:
+            say(note)
+    trainer = JepaTrainer(cfg, tokenizer.eos_token_id, model=model, args=arguments(cfg, bool(found["eval"])), train_dataset=found["train"],
+                          eval_dataset=found["eval"] or None, processing_class=tokenizer)
+    if t.same_flop and cfg.ratio:
+        accumulated = -(-len(trainer.get_train_dataloader()) // t.grad_accum)
+        trainer.args.max_steps, cost = same_flop_steps(trainer, found["train"], int(accumulated * t.num_epochs))
+        say(f"same_flop: a step costs {cost:.3f} of one without the term: {trainer.args.max_steps} steps instead of {int(accumulated * t.num_epochs)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if first:
+        (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+    outcome = trainer.train(resume_from_checkpoint=checkpoint(folder, t.resume))
+    metrics = trainer.evaluate() if found["eval"] else {}
+    save(trainer, tokenizer, cfg)
+    last = next((line for line in reversed(trainer.state.log_history) if "ce_loss" in line), {})
+    result = {"train_loss": outcome.training_loss, **{k: last[k] for k in ("ce_loss", "jepa_loss") if k in last}, **metrics, "steps": trainer.state.global_step,
+              "examples": len(found["train"]), "examples_per_second": outcome.metrics["train_samples_per_second"], "train_seconds": outcome.metrics["train_runtime"],
+              "seconds": round(time.perf_counter() - began, 1), "total_flops": trainer.state.total_flos, "seed": cfg.general.finetune_seed}
+    if torch.cuda.is_available():
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if first:
+        (folder / "result.json").write_text(json.dumps(result) + "\n")
+    say(f"result: {json.dumps(result)} -> {folder}")
+    return result
+
+
+def checkpoint(folder, resume):
+    """The checkpoint to continue from, or None."""
+    newest = transformers.trainer_utils.get_last_checkpoint(folder)
+    if resume and resume != "auto" and not Path(resume).is_dir():
+        raise ValueError(f"training.resume={resume}: no such folder; give a checkpoint, or auto")
+    if newest and not resume:
+        raise ValueError(f"training.output_dir={folder} holds checkpoints; set training.resume: auto to continue, choose another, or remove it")
+    return newest if resume == "auto" else resume or None
+
+
+def show(example, tokenizer, say):
+    """Print what of an example is encoded, trained, and compared."""
+    for n, d in enumerate(example.documents):
+        say(f"document {n}: {tokenizer.decode(d.trunk)!r}; labels {tokenizer.decode([d.trunk[i] for i in d.loss_on])!r}; branch after {d.fork}: {tokenizer.decode(d.branch)!r}")
+    say(f"pairs (document, token): {example.pairs}")
+
+
+def main(argv=None):
+    try:
+        run(*load_sections(Config, sys.argv[1:] if argv is None else argv, ALIASES, __doc__))
+    except ValueError as e:
+        raise SystemExit(f"error: {e}") from None
+
+
+if __name__ == "__main__":
+    main()
