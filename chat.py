@@ -22,13 +22,14 @@ def remove_thinking(text):
 class Turns:
     """tokens, and of each content its range of tokens: `user` and `assistant`, None where there is no such message.
 
-    user_tail, assistant_tail: the template's tokens that close the turn.
+    user_tail, assistant_tail: the template's tokens that close the turn. said: the assistant's text as the template writes it.
     """
     tokens: list
     user: range | None
     assistant: range | None
     user_tail: list
     assistant_tail: list
+    said: str = ""
 
 
 class Chat:
@@ -106,7 +107,7 @@ class Chat:
             user_tokens, answer = self.encode(messages[0][1]), self.encode(assistant)
             before = [self.start, *user_tokens, *self.line_break]
             return Turns([*before, *answer, self.tokenizer.eos_token_id], range(1, 1 + len(user_tokens)),
-                         range(len(before), len(before) + len(answer)), self.line_break, [self.tokenizer.eos_token_id])
+                         range(len(before), len(before) + len(answer)), self.line_break, [self.tokenizer.eos_token_id], assistant)
         between, texts = self.pieces([*messages, ("assistant", assistant)])
         begin = sum(map(len, (*between[:-2], *texts[:-2])))
         stop = begin + len(texts[-2])
@@ -115,7 +116,7 @@ class Chat:
         prompt, (user_place, tail) = self.encode_places(before, [(begin, stop), (stop, stop + len(closing) if between[-2].startswith(closing) else len(before))])
         answer, ending = self.encode(texts[-1]), self.ending(between[-1])
         first = len(prompt)
-        return Turns([*prompt, *answer, *ending], user_place, range(first, first + len(answer)), [prompt[n] for n in tail], ending)
+        return Turns([*prompt, *answer, *ending], user_place, range(first, first + len(answer)), [prompt[n] for n in tail], ending, texts[-1])
 
     def user_tail(self, messages):
         """The text with which the template closes the user's turn."""

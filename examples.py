@@ -60,7 +60,7 @@ def lay_out(chat, cfg, preds, kind, system, views):
         example.pairs.append(((0, ends[0]), (0, ends[1])))
         return example, ""
     if t.step_jepa:
-        sides = steps(chat, turns, assistant)
+        sides = steps(chat, turns)
         if sides is None:
             return example, "fewer than two steps"
     elif d.views == "prefix" or d.plain:
@@ -72,9 +72,9 @@ def lay_out(chat, cfg, preds, kind, system, views):
     return example, connect(example, [sides], cfg, preds)
 
 
-def steps(chat, turns, text):
-    """The views of the first two steps of the assistant's text, each with the blank line that ends it; None where it has no two."""
-    text = text if text in chat.tokenizer.decode([turns.tokens[n] for n in turns.assistant]) else text.strip()
+def steps(chat, turns):
+    """The Views of the first two steps of the assistant's text, each with the blank line that ends it; None where it has no two."""
+    text = turns.said
     ends = [m.end() for m in BLANK_LINE.finditer(text) if text[:m.start()].strip() and text[m.end():].strip()]
     if not ends:
         return None

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
@@ -33,10 +34,12 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 import jepa
 from chat import Chat
 from config import knob, load_sections
+from data.shards import progress
 from examples import pack, prepare, read_records
 from loader import span_generator
 from model import tree_mask
 
+SOURCES = ("finetune.py", "examples.py", "chat.py", "jepa.py")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as jepa-llm
 # flags of finetune.py, finetune8bh200.py and finetune_step_jepa_adapted.py that are called otherwise here
@@ -140,6 +143,7 @@ class Config:
         for wrong, message in (
                 (t.dtype not in DTYPES, f"training.dtype={t.dtype}: must be one of {', '.join(DTYPES)}"),
                 (t.dtype == "fp16" and not torch.cuda.is_available(), "training.dtype=fp16: needs CUDA; choose bf16 or float32"),
+                (t.fsdp and not torch.cuda.is_available(), "training.fsdp: needs CUDA"),
                 (d.views not in ("prefix", "standalone"), f"dataset.views={d.views}: must be prefix or standalone"),
                 (self.model.attn_implementation not in ("auto", "sdpa", "eager", "flex_attention"),
                  f"model.attn_implementation={self.model.attn_implementation}: must be auto, sdpa, eager or flex_attention"),
@@ -197,9 +201,11 @@ def load_model(cfg):
         width = model.get_output_embeddings().weight.size(1)
         model.jepa_predictor = nn.Linear(width, width, bias=False)
         nn.init.eye_(model.jepa_predictor.weight)
+        if (saved := Path(m.name) / "jepa_predictor.safetensors").is_file():
+            model.jepa_predictor.load_state_dict(load_file(saved))
     tap_forward(model)
     check_packing(model, dtype)
-    if cfg.training.gradient_checkpointing or cfg.training.memory_efficient:
+    if (cfg.training.gradient_checkpointing or cfg.training.memory_efficient) and not cfg.training.fsdp:  # FSDP2 has its own
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if m.use_lora:
         model = add_lora(model, cfg, preds)
@@ -281,12 +287,11 @@ def tap_forward(model):
     model.forward = types.MethodType(forward, model)
 
 
-def attention_mask(model, ends):
+def attention_mask(model, ends, dtype):
     """What the model's attention takes for rows of trees: a BlockMask, or an additive mask (R, 1, T, T), right under sdpa and eager."""
     if model.config._attn_implementation == "flex_attention":
         return tree_mask(ends, flex=True)
     visible = tree_mask(ends, flex=False)
-    dtype = torch.get_autocast_dtype(ends.device.type) if torch.is_autocast_enabled(ends.device.type) else model.dtype
     return torch.zeros(visible.shape, dtype=dtype, device=ends.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
@@ -301,7 +306,7 @@ def check_packing(model, dtype):
     batch = pack([jepa.Example([jepa.Document(trunk, range(1, 7), branch, 3), jepa.Document(lone, range(1, 5))])], False, 0)
     batch = {name: x.to(model.device) for name, x in batch.items()}
     model.eval()
-    packed, *_ = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(model, batch["ends"]),
+    packed, *_ = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(model, batch["ends"], dtype),
                        keep=torch.arange(batch["input_ids"].numel(), device=model.device))
     rows = [packed[[0, 1, 2, 3, 6, 7, 8]], packed[:6]]
     lone_at = (batch["input_ids"].flatten() == lone[0]).nonzero()[0, 0]
@@ -367,7 +372,7 @@ class JepaTrainer(Trainer):
     def sums(self, model, inputs):
         """(sum of CE over labels, sum of the distance over pairs or None) of a micro-batch."""
         keep = (inputs["labels"].flatten() >= 0).nonzero()[:, 0]
-        logits, u, v, floor = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=attention_mask(self.model, inputs["ends"]),
+        logits, u, v, floor = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=attention_mask(self.model, inputs["ends"], DTYPES[self.cfg.training.dtype]),
                                     keep=keep, views=inputs["views"])
         ce = F.cross_entropy(logits.float(), inputs["labels"].flatten()[keep], reduction="sum")
         return ce, None if u is None else jepa.distance(u, v, self.cfg.distance, inputs["weight"], floor, inputs["group"])
@@ -442,7 +447,8 @@ def arguments(cfg, evaluates):
         names = {"PROJECT": g.wandb_project, "ENTITY": g.wandb_entity, "RUN_GROUP": g.wandb_group, "TAGS": g.wandb_tags, "MODE": g.wandb_mode}
         os.environ.update({f"WANDB_{name}": value for name, value in names.items() if value})
     cuda = torch.cuda.is_available()
-    fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}} if t.fsdp else {}
+    fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
+            "activation_checkpointing": t.gradient_checkpointing or t.memory_efficient}} if t.fsdp else {}
     return TrainingArguments(
         output_dir=t.output_dir, per_device_train_batch_size=t.batch_size, per_device_eval_batch_size=t.batch_size, gradient_accumulation_steps=t.grad_accum,
         learning_rate=t.learning_rate, num_train_epochs=t.num_epochs, eval_strategy="steps" if evaluates else "no", eval_steps=t.eval_steps,
@@ -458,54 +464,45 @@ def optimizer_name(name):
     return name if there or "8bit" not in name else "adamw_torch_fused"
 
 
-def save(trainer, tokenizer, cfg):
+def save(trainer):
     """The trained model as a folder that from_pretrained loads, adapters merged; of a sharded model with adapters these alone."""
-    folder, model = Path(cfg.training.output_dir), trainer.accelerator.unwrap_model(trainer.model)
-    base = model.get_base_model() if cfg.model.use_lora else model
+    cfg, folder = trainer.cfg, Path(trainer.args.output_dir)
     if cfg.training.fsdp:
-        return trainer.save_model()
-    if trainer.is_world_process_zero():
+        trainer.save_model()
+    elif trainer.is_world_process_zero():
+        base = trainer.accelerator.unwrap_model(trainer.model)
         if cfg.model.use_lora:
-            base = model.merge_and_unload()
+            base = base.merge_and_unload()
         if cfg.training.linear_predictor:
-            from safetensors.torch import save_file
             save_file({"weight": base.jepa_predictor.weight.detach().contiguous()}, folder / "jepa_predictor.safetensors")
             del base.jepa_predictor
         base.config.use_cache = True
         base.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
 
 
-def run(cfg, origin):
-    """Train; returns the result, a flat dict."""
-    d, t, began = cfg.dataset, cfg.training, time.perf_counter()
-    folder = Path(t.output_dir)
-    if (folder / "result.json").exists():
-        raise ValueError(f"training.output_dir={folder} holds a finished run; choose another, or remove it")
-    first = os.environ.get("RANK", "0") == "0"
-    say = functools.partial(print, flush=True) if first else lambda *_: None
-    say(f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}; source "
-        + ", ".join(f"{name} {hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()[:12]}" for name in ("finetune.py", "jepa.py", "chat.py")))
-    for key, where in origin.items():
-        section, name = key.split(".")
-        say(f"{key} = {getattr(getattr(cfg, section), name)!r} ({where})")
-    if not torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True)  # a run resumed is the run uninterrupted
+def read_sets(cfg):
+    """{"train": (source, records), "eval": the same, maybe without any}."""
+    d = cfg.dataset
+    if not d.data_file:
+        return {"train": (d.train_file, read_records(d.train_file, cfg, "train", d.max_items)),
+                "eval": (d.eval_file, read_records(d.eval_file, cfg, "test", d.max_eval_items) if d.eval_file else [])}
+    records = read_records(d.data_file, cfg, "train", 0)
+    random.Random(d.split_seed).shuffle(records)
+    size = round(d.eval_split * len(records))
+    return {"train": (d.data_file, records[size:][:d.max_items or None]), "eval": (d.data_file, records[:size][:d.max_eval_items or None])}
+
+
+def make_trainer(cfg, say=print):
+    """The JepaTrainer of a config, with model, tokenizer and packed examples; ValueError says what is wrong."""
+    d, t = cfg.dataset, cfg.training
     set_seed(cfg.general.finetune_seed)
-    if d.data_file:
-        records = read_records(d.data_file, cfg, "train", 0)
-        random.Random(d.split_seed).shuffle(records)
-        size = round(d.eval_split * len(records))
-        sets = {"train": (d.data_file, records[size:][:d.max_items or None]), "eval": (d.data_file, records[:size][:d.max_eval_items or None])}
-    else:
-        sets = {"train": (d.train_file, read_records(d.train_file, cfg, "train", d.max_items))}
-        sets["eval"] = d.eval_file, read_records(d.eval_file, cfg, "test", d.max_eval_items) if d.eval_file else []
+    sets = read_sets(cfg)
     model, tokenizer, preds = load_model(cfg)
-    chat = Chat(tokenizer, d.plain)
-    found = {}
+    chat, found = Chat(tokenizer, d.plain), {}
     for name, (source, records) in sets.items():
-        found[name], line = prepare(records, source, chat, cfg, preds) if records else ([], "")
-        say(f"{name}: {line}" if line else f"{name}: none")
+        found[name], line = prepare(records, source, chat, cfg, preds) if records else (None, "none")
+        say(f"{name}: {line}")
     if not found["train"]:
         raise ValueError("no training examples")
     if cfg.ratio and not any(e.pairs for e in found["train"]):
@@ -513,27 +510,46 @@ def run(cfg, origin):
     for example in found["train"][:2 * (cfg.general.debug > 0)]:
         show(example, tokenizer, say)
     for used, note in ((t.additive_mask, "additive_mask: all views are encoded in one forward pass anyway"),
-                       (t.memory_efficient, "memory_efficient: examples one at a time, activations computed again" if not t.infonce else
-                        "memory_efficient: activations computed again; infonce needs the micro-batch's views at once, so it stays whole"),
+                       (t.memory_efficient, "memory_efficient: activations computed again" + ("; infonce needs the views of a micro-batch at once, so it stays whole"
+                                            if t.infonce else ", and examples one at a time")),
                        (t.optimizer != optimizer_name(t.optimizer), f"optimizer: {optimizer_name(t.optimizer)}, since {t.optimizer} needs CUDA and bitsandbytes")):
         if used:
             say(note)
     trainer = JepaTrainer(cfg, tokenizer.eos_token_id, model=model, args=arguments(cfg, bool(found["eval"])), train_dataset=found["train"],
-                          eval_dataset=found["eval"] or None, processing_class=tokenizer)
+                          eval_dataset=found["eval"], processing_class=tokenizer)
     if t.same_flop and cfg.ratio:
-        accumulated = -(-len(trainer.get_train_dataloader()) // t.grad_accum)
-        trainer.args.max_steps, cost = same_flop_steps(trainer, found["train"], int(accumulated * t.num_epochs))
-        say(f"same_flop: a step costs {cost:.3f} of one without the term: {trainer.args.max_steps} steps instead of {int(accumulated * t.num_epochs)}")
-    folder.mkdir(parents=True, exist_ok=True)
+        steps = int(-(-len(trainer.get_train_dataloader()) // t.grad_accum) * t.num_epochs)
+        trainer.args.max_steps, cost = same_flop_steps(trainer, found["train"], steps)
+        say(f"same_flop: a step costs {cost:.3f} of one without the term: {trainer.args.max_steps} steps instead of {steps}")
+    return trainer
+
+
+def run(cfg, origin):
+    """Train; returns the result, a flat dict."""
+    began, folder = time.perf_counter(), Path(cfg.training.output_dir)
+    if (folder / "result.json").exists():
+        raise ValueError(f"training.output_dir={folder} holds a finished run; choose another, or remove it")
+    resume, first = checkpoint(folder, cfg.training.resume), os.environ.get("RANK", "0") == "0"
+    say = functools.partial(print, flush=True) if first else lambda *_: None
+    say(f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}; source "
+        + ", ".join(f"{name} {hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()[:12]}" for name in SOURCES))
+    for key, where in origin.items():
+        section, name = key.split(".")
+        say(f"{key} = {getattr(getattr(cfg, section), name)!r} ({where})")
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)  # a run resumed is the run uninterrupted
+    trainer = make_trainer(cfg, say)
     if first:
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-    outcome = trainer.train(resume_from_checkpoint=checkpoint(folder, t.resume))
-    metrics = trainer.evaluate() if found["eval"] else {}
-    save(trainer, tokenizer, cfg)
+    outcome = trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate() if trainer.eval_dataset else {}
+    save(trainer)
     last = next((line for line in reversed(trainer.state.log_history) if "ce_loss" in line), {})
     result = {"train_loss": outcome.training_loss, **{k: last[k] for k in ("ce_loss", "jepa_loss") if k in last}, **metrics, "steps": trainer.state.global_step,
-              "examples": len(found["train"]), "examples_per_second": outcome.metrics["train_samples_per_second"], "train_seconds": outcome.metrics["train_runtime"],
-              "seconds": round(time.perf_counter() - began, 1), "total_flops": trainer.state.total_flos, "seed": cfg.general.finetune_seed}
+              "examples": len(trainer.train_dataset), "examples_per_second": outcome.metrics["train_samples_per_second"],
+              "train_seconds": outcome.metrics["train_runtime"], "seconds": round(time.perf_counter() - began, 1), "total_flops": trainer.state.total_flos,
+              "seed": cfg.general.finetune_seed}
     if torch.cuda.is_available():
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if first:
@@ -542,9 +558,34 @@ def run(cfg, origin):
     return result
 
 
+def views_of(folder, records, batch_size):
+    """View A and view B (N, D), float32, CPU, and the number of its record (N,), of a model that run() has saved, or of any other, by the
+    settings in its config.yaml; a run without pairs of its own (regular, span) is asked for pairs whose view A ends in its text."""
+    folder, settings = Path(folder), Config()
+    if (folder / "config.yaml").is_file():
+        settings, _ = load_sections(Config, ["--config", str(folder / "config.yaml")], ALIASES)
+    settings.model.name, settings.model.use_lora, settings.model.pretrain = str(folder), False, False
+    settings.dataset.predictors = settings.dataset.predictors if settings.ratio and not settings.training.span else 0
+    settings.training.regular = settings.training.span = False
+    settings.training.lbd, settings.training.dtype = 1.0, "float32"
+    model, tokenizer, preds = load_model(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    examples, line = prepare(records, folder.name, Chat(tokenizer, settings.dataset.plain), settings, preds)
+    print(line, flush=True)
+    found, model = [], model.to(device).eval()
+    for first in progress(range(0, len(examples), batch_size), desc="encoding"):
+        batch = {name: x.to(device) for name, x in pack(examples[first:first + batch_size], False, tokenizer.eos_token_id).items()}
+        with torch.no_grad():
+            _, u, v, _ = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(model, batch["ends"], model.dtype),
+                               keep=torch.zeros(1, dtype=torch.long, device=device), views=batch["views"])
+        kept = batch["weight"] > 0
+        found.append((u[kept].cpu(), v[kept].cpu(), (batch["group"][kept] + first).cpu()))
+    return tuple(map(torch.cat, zip(*found)))
+
+
 def checkpoint(folder, resume):
     """The checkpoint to continue from, or None."""
-    newest = transformers.trainer_utils.get_last_checkpoint(folder)
+    newest = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
     if resume and resume != "auto" and not Path(resume).is_dir():
         raise ValueError(f"training.resume={resume}: no such folder; give a checkpoint, or auto")
     if newest and not resume:
