@@ -1,6 +1,7 @@
 """What a training step costs here: variants interleaved step by step in one process, so that drift of the machine hits all alike.
 
     python bench.py [--rounds 20] [any flag of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
+    python bench.py [--rounds 20] --finetune [any flag of finetune.py, e.g. --config configs/finetune_example.yaml]
 
 Text. Variants: off (no JEPA term, compiled), span (with it, compiled), off again (the same as off: what noise alone does to a
 ratio), eager (no term, not compiled). A ratio is the median over the rounds of the two step times in one round. The share
@@ -12,6 +13,10 @@ compiled (or none, COMPILE=0):
 packed NTP; one example a row, padded to the longest of the step; the packed pair objective; and that objective as three
 passes over padded rows (trunk, Text with [PRED], Code), padded to the longest of the step and to 512 tokens, the latter on
 the first 32 examples. Choose TRAIN_SEQ_LEN by it: longer rows pack better, and cost more attention.
+
+--finetune. Forward and backward of one micro-batch of batch_size examples (pair or step), without the optimizer: packed; and as
+fine-tuning scripts do it, three passes over padded rows with the hidden states of all layers and logits everywhere, padded to
+the batch's longest sequence and to max_length; packed without the term. Rounds take one micro-batch after the other.
 """
 import argparse
 import os
@@ -23,7 +28,7 @@ import torch
 
 import jepa
 import train_gpt
-from config import load_config
+from config import load_config, load_sections
 from loader import Batch, PairData, open_data
 from model import norm
 
@@ -138,6 +143,75 @@ def bench_pairs(cfg, data, model, share, rounds):
           f"to 512: {ratio('pair packed', '3 passes, 512'):.1f}x")
 
 
+def padded_passes(trainer, examples, length):
+    """(sum of CE over labels, sum of the distance over pairs) of jepa.Examples of a trunk and one pair of views, as three forward
+    passes over rows padded to length (0: to the longest)."""
+    model, cfg = trainer.model, trainer.cfg
+    trunks, pairs = [e.documents[0] for e in examples], [e.pairs[0] for e in examples if e.pairs]
+    inside = lambda d, at: (d.trunk[:d.fork + 1] + d.branch)[:at + 1] if d.branch else d.trunk[:at + 1]
+    views = [[inside(e.documents[pair[side][0]], pair[side][1]) for e in examples for pair in e.pairs] for side in (0, 1)]
+    longest = length or max(map(len, [d.trunk for d in trunks] + views[0] + views[1]))
+
+    def passes(sequences):
+        ids, = pad_rows(sequences, longest, len(sequences), trainer.filler)
+        mask, = pad_rows([[1] * len(s) for s in sequences], longest, len(sequences))
+        device = trainer.args.device
+        out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True)
+        return out.logits, out.hidden_states[-1][torch.arange(len(ids)), [len(s) - 1 for s in sequences]].float()
+
+    logits, _ = passes([d.trunk for d in trunks])
+    targets, = pad_rows([[-1] * (d.loss_on.start - 1) + d.trunk[d.loss_on.start:d.loss_on.stop] for d in trunks], longest, len(trunks), -1)
+    ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-1, reduction="sum")
+    if not pairs:
+        return ce, ce * 0
+    u, v = (passes(sequences)[1] for sequences in views)
+    return ce, jepa.distance(u, v, cfg.distance, torch.ones(len(u), device=u.device))
+
+
+def bench_finetune(argv, rounds):
+    """Time and print the variants of fine-tuning."""
+    import finetune
+    cfg, _ = load_sections(finetune.Config, argv, finetune.ALIASES)
+    t = cfg.training
+    if not cfg.ratio or t.span or t.linear_predictor or t.infonce:
+        raise ValueError("the padded variants are written for pair and step, without linear_predictor and infonce")
+    trainer = finetune.make_trainer(cfg)
+    trainer._move_model_to_device(trainer.model, trainer.args.device)
+    examples, size, device = trainer.train_dataset, t.batch_size, trainer.args.device
+    chunks = [examples[i:i + size] for i in range(0, len(examples) - size + 1, size)]
+    packs = {"packed": True, "packed, no term": False}
+    variants = {**packs, "3 passes, longest": 0, f"3 passes, {cfg.dataset.max_length}": cfg.dataset.max_length}
+    trainer.model.train()
+
+    def losses(name, chunk):
+        with torch.autocast(device.type, finetune.DTYPES[t.dtype], enabled=t.dtype != "float32"):
+            if name not in packs:
+                return padded_passes(trainer, chunk, variants[name])
+            parts = [trainer.sums(trainer.model, trainer._prepare_inputs(batch)) for batch in trainer.pack(chunk, packs[name], None)]
+            return sum(ce for ce, _ in parts), sum(term for _, term in parts if term is not None)
+
+    def step(name):
+        chunk = chunks[len(seen) // len(variants) % len(chunks)]
+        seen.append(name)
+        ce, term = losses(name, chunk)
+        (t.gamma * ce + t.lbd * term).backward()
+        trainer.model.zero_grad()
+
+    seen = []
+    seconds = interleave(step, variants, rounds, device)
+    persistent = 2 * sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
+    memory = {name: peak_memory(lambda: step(name), device, persistent) for name in variants}
+    ratio = lambda name: statistics.median(b / a for a, b in zip(seconds["packed"], seconds[name]))
+    print(f"\n{sum(p.numel() for p in trainer.model.parameters()):,} parameters, {size} examples of {sum(len(e.documents[0].trunk) for e in examples) / len(examples):.1f} trunk "
+          f"tokens, {t.dtype} on {device.type}, torch {torch.__version__}")
+    print(f"{'variant':20} {'examples/s':>11} {'memory MB':>10} {'time of packed':>15}")
+    for name in variants:
+        print(f"{name:20} {size / statistics.median(seconds[name]):11.1f} {memory[name] / 2**20:10.1f} {ratio(name):14.2f}x")
+    print(f"result: examples/s of packed over three passes padded to the longest {ratio('3 passes, longest'):.2f}x, to {cfg.dataset.max_length} "
+          f"{ratio(f'3 passes, {cfg.dataset.max_length}'):.1f}x; memory of packed over them {memory['packed'] / memory['3 passes, longest']:.2f}x, "
+          f"{memory['packed'] / memory[f'3 passes, {cfg.dataset.max_length}']:.2f}x; time over no term {1 / ratio('packed, no term'):.2f}x")
+
+
 def interleave(step, names, rounds, device, between=lambda: None):
     """Seconds of step(name) per name and round, after two steps of each to compile and warm up."""
     for name in names:
@@ -158,8 +232,11 @@ def interleave(step, names, rounds, device, between=lambda: None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=20, help="steps of each variant (default: 20)")
+    parser.add_argument("--finetune", action="store_true", help="the other flags are finetune.py's")
     own, rest = parser.parse_known_args()
     try:
+        if own.finetune:
+            return bench_finetune(rest, own.rounds)
         cfg, _, warnings = load_config(train_gpt.Config, rest, os.environ)
         print(*warnings, sep="\n", end="\n" if warnings else "")
         rank, world_size, device = train_gpt.start_process()

@@ -28,7 +28,6 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import jepa
@@ -142,8 +141,6 @@ class Config:
                 raise ValueError(f"training: choose one of {', '.join(name for name in names if getattr(t, name))}")
         for wrong, message in (
                 (t.dtype not in DTYPES, f"training.dtype={t.dtype}: must be one of {', '.join(DTYPES)}"),
-                (t.dtype == "fp16" and not torch.cuda.is_available(), "training.dtype=fp16: needs CUDA; choose bf16 or float32"),
-                (t.fsdp and not torch.cuda.is_available(), "training.fsdp: needs CUDA"),
                 (d.views not in ("prefix", "standalone"), f"dataset.views={d.views}: must be prefix or standalone"),
                 (self.model.attn_implementation not in ("auto", "sdpa", "eager", "flex_attention"),
                  f"model.attn_implementation={self.model.attn_implementation}: must be auto, sdpa, eager or flex_attention"),
@@ -151,7 +148,6 @@ class Config:
                 (t.last_token > 0, f"training.last_token={t.last_token}: must be -1 or less, counted from the end, or 0"),
                 (t.span and (d.predictors or t.front_pred or t.reverse_pred or t.last_token), "training.span: its two vectors are differences of states; "
                  "dataset.predictors, front_pred, reverse_pred and last_token belong to the other objectives"),
-                (bool(d.train_file) == bool(d.data_file), "give either dataset.train_file or dataset.data_file"),
                 (d.data_file and d.eval_file, "dataset.eval_file: data_file is split into train and eval; give train_file with it"),
                 (d.data_file and d.eval_split == 1, "dataset.eval_split=1: leaves nothing to train on"),
                 (self.general.wandb_mode not in ("online", "offline", "disabled"), f"general.wandb_mode={self.general.wandb_mode}: must be online, offline or disabled")):
@@ -181,7 +177,6 @@ def load_model(cfg):
     try:
         tokenizer = AutoTokenizer.from_pretrained(m.name, **options)
         config = AutoConfig.from_pretrained(m.name, **options)
-        check_layers(config.get_text_config(), cfg.dataset.max_length)
         attention = m.attn_implementation
         if attention == "auto":
             flex = torch.cuda.is_available() and cfg.dataset.max_length > 1024
@@ -193,8 +188,9 @@ def load_model(cfg):
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(m.name, **options)
-    except (OSError, ImportError) as e:
+    except (OSError, ImportError, ValueError) as e:
         raise ValueError(f"model.name={m.name}: cannot be loaded ({' '.join(str(e).split())[:300]})") from None
+    check_layers(config.get_text_config(), cfg.dataset.max_length)
     model.config.use_cache = False
     preds = add_pred_tokens(tokenizer, model, cfg.dataset.predictors)
     if cfg.training.linear_predictor:
@@ -306,8 +302,11 @@ def check_packing(model, dtype):
     batch = pack([jepa.Example([jepa.Document(trunk, range(1, 7), branch, 3), jepa.Document(lone, range(1, 5))])], False, 0)
     batch = {name: x.to(model.device) for name, x in batch.items()}
     model.eval()
-    packed, *_ = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(model, batch["ends"], dtype),
-                       keep=torch.arange(batch["input_ids"].numel(), device=model.device))
+    try:
+        packed, *_ = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(model, batch["ends"], dtype),
+                           keep=torch.arange(batch["input_ids"].numel(), device=model.device))
+    except Exception as e:  # a model of another kind fails in its own way
+        raise ValueError(f"{model.config.model_type} doesn't take rows with a mask and positions of their own ({' '.join(str(e).split())[:200]}); choose another model") from None
     rows = [packed[[0, 1, 2, 3, 6, 7, 8]], packed[:6]]
     lone_at = (batch["input_ids"].flatten() == lone[0]).nonzero()[0, 0]
     rows.append(packed[lone_at:lone_at + 5])
@@ -357,16 +356,15 @@ class JepaTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of a micro-batch, or of its parts one by one."""
-        losses, tracks = [], self.cfg.training.track_flop and self.state.global_step < 10
-        with FlopCounterMode(display=False) if tracks else contextlib.nullcontext() as counter:
-            for n, part in enumerate(inputs, 1):
-                with contextlib.nullcontext() if n == len(inputs) else self.accelerator.no_sync(model):
-                    losses.append(super().training_step(model, part, num_items_in_batch))
-        if tracks:
-            self.flops += counter.get_total_flops()
-            if self.accelerator.sync_gradients:
+        losses = []
+        for n, part in enumerate(inputs, 1):
+            with contextlib.nullcontext() if n == len(inputs) else self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        self.flops += self.floating_point_ops(inputs)
+        if self.accelerator.sync_gradients:
+            if self.cfg.training.track_flop and self.state.global_step < 10:
                 print(f"step {self.state.global_step + 1}: {self.flops:.4g} FLOPs on this process", flush=True)
-                self.flops = 0
+            self.flops = 0
         return torch.stack(losses).sum()
 
     def sums(self, model, inputs):
@@ -420,16 +418,21 @@ class JepaTrainer(Trainer):
         return metrics
 
     def floating_point_ops(self, inputs):
-        return sum(step_flops(self.model, batch) for batch in inputs)
+        return sum(step_flops(self.model, batch, self.cfg.training.gradient_checkpointing or self.cfg.training.memory_efficient) for batch in inputs)
 
 
-def step_flops(model, batch):
-    """FLOPs of forward and backward of a micro-batch, padding counted: 6 a weight and token, 12 a layer, width and pair of tokens of a
-    row (a dense mask computes them all). Source: arXiv 2204.02311, appendix B; trained adapters alone cost a third less."""
+def step_flops(model, batch, again=False):
+    """FLOPs of forward and backward of a micro-batch, padding counted; again: with activations computed a second time.
+
+    A weight and token takes 2 forward, 2 for the gradient of its input, 2 for its own if it is trained; a layer and pair of tokens of
+    a row 4 times the width forward, 8 backward, visible or not, as a dense mask computes them. Source: arXiv 2204.02311, appendix B.
+    """
     config, (R, T) = model.config.get_text_config(), batch["input_ids"].shape
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    network = sum(p.numel() for p in model.parameters()) - embedding.numel() - (0 if head is embedding else head.numel())
-    return 6 * network * R * T + 6 * head.numel() * int((batch["labels"] >= 0).sum()) + 12 * config.num_hidden_layers * config.hidden_size * R * T * T
+    cost = lambda p, again: p.numel() * (4 + 2 * p.requires_grad + 2 * again)
+    network = sum(cost(p, again) for p in model.parameters() if p is not head and p is not embedding)
+    attention = (12 + 4 * again) * config.num_hidden_layers * config.hidden_size * R * T * T
+    return network * R * T + cost(head, False) * int((batch["labels"] >= 0).sum()) + attention
 
 
 def same_flop_steps(trainer, examples, steps):
@@ -527,6 +530,10 @@ def make_trainer(cfg, say=print):
 def run(cfg, origin):
     """Train; returns the result, a flat dict."""
     began, folder = time.perf_counter(), Path(cfg.training.output_dir)
+    if bool(cfg.dataset.train_file) == bool(cfg.dataset.data_file):
+        raise ValueError("give either dataset.train_file or dataset.data_file")
+    if (cfg.training.fsdp or cfg.training.dtype == "fp16") and not torch.cuda.is_available():
+        raise ValueError(f"training.{'fsdp' if cfg.training.fsdp else 'dtype=fp16'}: needs CUDA; choose {'one process' if cfg.training.fsdp else 'bf16 or float32'}")
     if (folder / "result.json").exists():
         raise ValueError(f"training.output_dir={folder} holds a finished run; choose another, or remove it")
     resume, first = checkpoint(folder, cfg.training.resume), os.environ.get("RANK", "0") == "0"
