@@ -34,11 +34,11 @@ import jepa
 from chat import Chat
 from config import knob, load_sections
 from data.shards import progress
-from examples import pack, prepare, read_records
+from layouts import pack, prepare, read_records
 from loader import span_generator
 from model import tree_mask
 
-SOURCES = ("finetune.py", "examples.py", "chat.py", "jepa.py")
+SOURCES = ("finetune.py", "layouts.py", "chat.py", "jepa.py")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # as jepa-llm
 # flags of finetune.py, finetune8bh200.py and finetune_step_jepa_adapted.py that are called otherwise here

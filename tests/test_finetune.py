@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Bloom
 
 import bench
 import chat
-import examples
+import layouts
 import finetune
 import hf
 import jepa
@@ -263,7 +263,7 @@ def test_labels_are_the_assistant_s_text_and_its_end_token(data):
         user = f"{user} {assistant}"  # the answer stands in the prompt
     talk = chat.Chat(tokenizer, plain)
     turns = talk.conversation(system, user, assistant)
-    example, _ = examples.lay_out(talk, finetune.Config(dataset=finetune.Data(train_file="x", plain=plain), training=finetune.Training(dtype="float32")), [], "pairs", system, [user, assistant])
+    example, _ = layouts.lay_out(talk, finetune.Config(dataset=finetune.Data(train_file="x", plain=plain), training=finetune.Training(dtype="float32")), [], "pairs", system, [user, assistant])
     (trunk, *others), (((_, a), _),) = example.documents, example.pairs
     labels = tokenizer.decode([trunk.trunk[i] for i in trunk.loss_on])
     said = assistant if plain or kind != "llama" else assistant.strip()  # Llama's template trims
@@ -288,10 +288,10 @@ def test_steps_are_found_in_the_text_and_keep_their_blank_line(models, tmp_path)
     talk = chat.Chat(hf.make_tokenizer("qwen"))
     for text, one, two in [("a b.\n\nc d.\n\n#### 3", "a b.\n\n", "c d.\n\n"), ("a\n \n\nb", "a\n \n\n", "b"), ("x\n\ny", "x\n\n", "y"), ("\n\nx\n\ny\n\n", "\n\nx\n\n", "y\n\n")]:
         turns = talk.conversation("A\n\nsystem", "a\n\nquestion", text)
-        a, b = examples.steps(talk, turns)
+        a, b = layouts.steps(talk, turns)
         assert talk.tokenizer.decode(a.tokens[a.first:]) == one and talk.tokenizer.decode(b.tokens[1:]) == two and a.document == 0
         assert turns.tokens[:len(a.tokens)] == a.tokens
-    assert examples.steps(talk, talk.conversation(None, "a\n\nb", "one step\nof two lines")) is None
+    assert layouts.steps(talk, talk.conversation(None, "a\n\nb", "one step\nof two lines")) is None
     data = hf.write_messages(tmp_path / "data.jsonl", [(None, "q", "a\n\nb"), (None, "q", "only one")])
     said = []
     trainer = finetune.make_trainer(configure(models["qwen"], data, tmp_path / "out", "--step_jepa"), said.append)
@@ -656,11 +656,11 @@ def test_keys_of_loading_reach_the_loaders(models, questions, tmp_path, monkeypa
     def load_dataset(source, name, **options):
         seen.update(dataset=(source, name, options))
         return [json.loads(line) for line in Path(questions).read_text().splitlines()]
-    monkeypatch.setattr(examples, "load_dataset", load_dataset)
+    monkeypatch.setattr(layouts, "load_dataset", load_dataset)
     for loader, of in (("model", finetune.AutoModelForCausalLM), ("tokenizer", finetune.AutoTokenizer)):
         monkeypatch.setattr(of, "from_pretrained", lambda name, loader=loader, real=of.from_pretrained, **options: seen.update({loader: options}) or real(name, **{k: v for k, v in options.items() if k not in ("cache_dir", "trust_remote_code")}))
-    real_map, processes = examples.Dataset.map, []
-    monkeypatch.setattr(examples.Dataset, "map", lambda self, f, **o: processes.append((o["num_proc"], o.get("batch_size"))) or real_map(self, f, **o))
+    real_map, processes = layouts.Dataset.map, []
+    monkeypatch.setattr(layouts.Dataset, "map", lambda self, f, **o: processes.append((o["num_proc"], o.get("batch_size"))) or real_map(self, f, **o))
     finetune.make_trainer(configure(models["llama"], "owner/name", tmp_path / "out", "--model.cache_dir", "mc", "--dataset.cache_dir", "dc", "--trust_remote_code", "--config_name", "main",
                                     "--train_split", "part", "--preprocess_num_proc", "2", "--tokenize_num_proc", "3", "--tokenize_batch_size", "2"), lambda line: None)
     assert seen["dataset"] == ("owner/name", "main", {"split": "part", "cache_dir": "dc"})
