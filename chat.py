@@ -2,8 +2,9 @@
 
 Places come from the template's text, never from searching for tokens: each content is rendered as a placeholder, so its
 characters are known, and a fast tokenizer gives every token's characters. What the assistant says is tokenised apart from
-its prompt, as generation does it. One system message at most, one user and one assistant message.
+its prompt, as generation from prompt() does. One system message at most, one user and one assistant message.
 """
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ class Chat:
     """A tokenizer's way of writing a conversation. plain: no template; the texts, a line break between them, and an end token.
 
     start: the token that a view encoded alone begins with; end: the one that closes the assistant's turn and is trained.
+    prompt_differs: the template's generation prompt is not the text before an assistant's content, which prompt() is.
     ValueError where the tokenizer can't say where its tokens come from, or has no template.
     """
 
@@ -48,9 +50,12 @@ class Chat:
         if not plain and not tokenizer.chat_template:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no chat template; choose dataset.plain: true")
         self.start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        self.special = set(tokenizer.all_special_ids)
         self.line_break = self.encode("\n")
         self.takes_system = plain or self.renders([("system", "s"), ("user", "u"), ("assistant", "a")])
         self.end = self.conversation(None, "u", "a").assistant_tail[-1]
+        own = [] if plain else tokenizer.apply_chat_template([{"role": "user", "content": "u"}], add_generation_prompt=True, tokenize=False)
+        self.prompt_differs = not plain and self.encode(own) != self.prompt(None, "u")
         self.stop_tokens = sorted({self.end, tokenizer.eos_token_id})
 
     def encode(self, text):
@@ -84,8 +89,8 @@ class Chat:
         if [int(i) for i in parts[1::2]] != list(range(len(messages))):
             raise ValueError("the chat template doesn't write every message once and in order; choose dataset.plain: true")
         whole = apply(contents)
-        for texts in (contents, [text.strip() for text in contents]):
-            if "".join(a + b for a, b in zip(parts[::2], texts + [""])) == whole:
+        for texts in itertools.product(*((text, text.strip()) for text in contents)):
+            if "".join(a + b for a, b in zip(parts[::2], texts + ("",))) == whole:
                 return parts[::2], texts
         raise ValueError("the chat template rewrites a message's text, so its place is not known; choose dataset.plain: true")
 
@@ -114,9 +119,10 @@ class Chat:
         before = "".join(a + b for a, b in zip(between[:-2], texts)) + between[-2]
         closing = self.user_tail(messages) if between[-2] else ""
         prompt, (user_place, tail) = self.encode_places(before, [(begin, stop), (stop, stop + len(closing) if between[-2].startswith(closing) else len(before))])
+        tail = prompt[user_place.stop:tail.stop]  # a token may hold the end of the text and the beginning of what follows
         answer, ending = self.encode(texts[-1]), self.ending(between[-1])
         first = len(prompt)
-        return Turns([*prompt, *answer, *ending], user_place, range(first, first + len(answer)), [prompt[n] for n in tail], ending, texts[-1])
+        return Turns([*prompt, *answer, *ending], user_place, range(first, first + len(answer)), tail, ending, texts[-1])
 
     def user_tail(self, messages):
         """The text with which the template closes the user's turn."""
@@ -125,7 +131,7 @@ class Chat:
     def ending(self, text):
         """The tokens that close the assistant's turn, up to the first special one, which is then the last; without one, the end token."""
         tokens = self.encode(text)
-        special = [n for n, token in enumerate(tokens) if token in self.tokenizer.all_special_ids]
+        special = [n for n, token in enumerate(tokens) if token in self.special]
         return tokens[:special[0] + 1] if special else [self.tokenizer.eos_token_id]
 
     def alone(self, role, text):

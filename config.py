@@ -12,9 +12,9 @@ from pathlib import Path
 import yaml
 
 
-def knob(default, doc, low=None, high=None):
-    """A setting with its one line of documentation and the range it must lie in, both ends included."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high})
+def knob(default, doc, low=None, high=None, truth=False):
+    """A setting with its one line of documentation and the range it must lie in, both ends included. truth: an int that a bool sets too."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "truth": truth})
 
 
 def check_ranges(config, name=lambda f: f.name.upper()):
@@ -35,7 +35,7 @@ def parse_value(kind, text, where):
         if kind is not bool and not isinstance(text, bool):
             if kind is str and text is None:
                 return ""
-            if not (kind is int and isinstance(text, float)):
+            if not (kind is int and isinstance(text, float) or isinstance(text, (list, dict))):
                 return kind(text)
     except (TypeError, ValueError):
         pass
@@ -115,13 +115,14 @@ def load_sections(Config, argv, aliases, description=""):
 
     def put(key, text, where):
         if text is not None:
+            text = int(text) if fields[key].metadata["truth"] and isinstance(text, bool) else text
             values[key], origin[key] = parse_value(fields[key].type, text, where), where
 
     parser = argparse.ArgumentParser(allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="FILE", help=f"YAML file with the sections {', '.join(sections)}")
     parser.error = refuse
     for key, f in fields.items():
-        own = {"nargs": "?", "const": "true"} if f.type is bool else {}
+        own = {"nargs": "?", "const": "1"} if f.type is bool or f.metadata["truth"] else {}
         parser.add_argument(*(f"--{flag}" for flag, of in flags.items() if of == key), dest=key, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['doc']} (default: {f.default!r})".replace("%", "%%"), **own)
     given, unknown = parser.parse_known_args(argv)

@@ -36,14 +36,8 @@ import hashlib
 import json
 import math
 import random
-import re
-import sqlite3
-import string
 import time
-from collections import Counter
-from decimal import Decimal
 from pathlib import Path
-from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +50,8 @@ from data.pairs import read_jsonl, seen_in_train
 from data.shards import progress, saved_encoding, sha256_file
 from loader import ExampleSet, PairData, open_data
 from model import tree_mask
+from scoring import TASKS, answer_of, is_right
 
-TASKS = ("exact", "startswith", "gsm8k", "nq_open", "choice", "spider")
-QUOTED = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"  # SQL's texts, quoted names and comments
-SQL_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION}
-SQL_ERRORS = (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError)  # what a query may raise, for all that is written in it
-SQL_VALUE, SQL_RESULT = 10**6, 2**28  # bytes that one value, and all rows of a result, may take
 
 
 def open_run(folder, pred_tokens=None):
@@ -238,121 +228,8 @@ def read_tasks(path, task=None, bad="stop"):
         name = task or record.get("task")
         if name not in TASKS:
             raise ValueError(f"{path}, line {number}: " + ("no task" if name is None else f"unknown task {name!r}") + f'; give --task or a key "task", one of {", ".join(TASKS)}')
-        if not isinstance(system, str | None):
-            raise ValueError(f"{path}, line {number}: the system message is not a text; mend the line")
         found.append({"line": number, "task": name, "system": system, "user": user, "target": target, "record": record})
     return found
-
-
-def answer_of(example, databases=None, timeout=10.0):
-    """What a prediction is compared with; ValueError where the example doesn't say it."""
-    task, target, record = example["task"], example["target"].strip(), example["record"]
-    if not target:
-        raise ValueError("nothing is left of the assistant's text; mend the line, or set remove_thinking: false in the model's config.yaml")
-    if task == "gsm8k":
-        if (number := number_behind_hashes(target, -1)) is None:
-            raise ValueError('no "#### number" in the assistant\'s text; mend the line')
-        return number
-    if task == "nq_open":
-        answers = record.get("answers", record.get("answer", target))
-        answers = answers.split("; ") if isinstance(answers, str) else answers
-        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
-            raise ValueError('the key "answers" holds no texts; mend the line')
-        return answers
-    if task == "choice":
-        if not (letter := re.match(r"\(?([ABCD])\b", target)):
-            raise ValueError(f"the assistant's text {target[:20]!r} begins with none of the letters A to D; mend the line")
-        return letter[1]
-    if task == "spider":
-        name = record.get("db_id")
-        if not isinstance(name, str) or not name or Path(name).name != name:  # a name, no path that leads elsewhere
-            raise ValueError('no "db_id", the name of a database; mend the line')
-        if databases is None:
-            raise ValueError("its task is spider; give --databases, the folder with <db_id>/<db_id>.sqlite")
-        file, sql = Path(databases) / name / f"{name}.sqlite", first_statement(target)
-        if not file.is_file():
-            raise ValueError(f"no database {file}; check --databases")
-        try:
-            return file, run_sql(file, sql, timeout), is_ordered(sql)
-        except SQL_ERRORS as e:
-            raise ValueError(f"its SQL fails on {file} ({e}); mend the line, or raise --sql_timeout") from None
-    return target
-
-
-def is_right(task, text, answer, timeout=10.0):
-    """Whether a generated text is the answer, as answer_of gives it."""
-    text = text.strip()
-    if task == "gsm8k":
-        return number_behind_hashes(text, 0) == answer
-    if task == "nq_open":
-        said = f" {normalise(text)} "
-        return any(f" {known} " in said for known in map(normalise, answer) if known)
-    if task == "spider":
-        file, wanted, ordered = answer
-        try:
-            rows = run_sql(file, first_statement(text), timeout)
-        except SQL_ERRORS:
-            return False
-        return rows == wanted if ordered else Counter(rows) == Counter(wanted)
-    return text.startswith(answer) if task == "startswith" else text == answer
-
-
-def number_behind_hashes(text, which):
-    """The number behind the first (0) or last (-1) "####" of a text as a Decimal, None where none follows at once."""
-    ends = [line.split("\n")[0] for line in text.split("####")[1:]]
-    if not ends:
-        return None
-    end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", ends[which])
-    number = re.match(r"\s*([-+]?)\s*(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
-    return Decimal(number[1] + number[2]) if number else None
-
-
-def normalise(text):
-    """Lower case, no punctuation, no articles, single spaces: as SQuAD's evaluation does, and NQ's."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
-
-
-def first_statement(text):
-    """The first SQL statement of a text, out of its ```sql fence if it has one."""
-    fenced = re.search(r"```(?:sql(?:ite)?\b)?(.*?)(?:```|\Z)", text, re.DOTALL | re.IGNORECASE)
-    text = (fenced[1] if fenced else text).lstrip("; \t\r\n")
-    end = next((m.start() for m in re.finditer(f"{QUOTED}|;", text, re.DOTALL) if m[0] == ";"), len(text))
-    return text[:end].strip()
-
-
-def is_ordered(sql):
-    """Whether a query orders its result: ORDER BY outside parentheses, texts, quoted names and comments."""
-    bare, inner = re.sub(QUOTED, " x ", sql, flags=re.DOTALL), None
-    while bare != inner:
-        bare, inner = re.sub(r"\([^()]*\)", " ", bare), bare
-    return bool(re.search(r"\border\s+by\b", bare, re.IGNORECASE))
-
-
-def run_sql(file, sql, timeout):
-    """The rows of one query, which may only read, and only for `timeout` seconds; one of SQL_ERRORS where it fails, wants
-    more, or is none."""
-    connection = sqlite3.connect(f"file:{quote(str(Path(file).resolve()))}?mode=ro", uri=True)
-    try:
-        connection.text_factory = lambda raw: raw.decode(errors="surrogateescape")  # some databases of Spider aren't UTF-8
-        connection.execute("PRAGMA query_only=ON")
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, SQL_VALUE)
-        allow = lambda action, _, name, *__: action in SQL_ACTIONS and not (
-            action == sqlite3.SQLITE_FUNCTION and name.lower() in ("load_extension", "fts3_tokenizer"))
-        connection.set_authorizer(lambda *what: sqlite3.SQLITE_OK if allow(*what) else sqlite3.SQLITE_DENY)
-        deadline = time.monotonic() + timeout
-        connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)  # every so many steps of SQLite's machine
-        cursor, rows, size = connection.execute(sql), [], 0
-        if cursor.description is None:  # an empty text, or a comment: it has no result, so it must not equal an empty one
-            raise sqlite3.ProgrammingError("not a query")
-        for row in cursor:
-            rows.append(row)
-            size += 100 + sum(40 + (len(value) if isinstance(value, (str, bytes)) else 0) for value in row)  # as Python stores them
-            if size > SQL_RESULT or time.monotonic() > deadline:
-                raise sqlite3.DataError("its result is too large" if size > SQL_RESULT else "interrupted")
-        return rows
-    finally:
-        connection.close()
 
 
 def open_model(name, dtype, plain, trust_remote_code):
@@ -500,7 +377,8 @@ def views_of_model(args):
     from finetune import views_of
     records = read_jsonl(args.data, args.bad)
     random.Random(0).shuffle(records)
-    u, v, group = views_of(args.model, records, args.batch_size)
+    model, chat = open_model(args.model, torch.float32, args.plain or text_settings(args.model)["plain"], args.trust_remote_code)
+    u, v, group = views_of(model, chat, args.model, records, args.batch_size)
     return u, v, group, len(records) - len(group.unique())
 
 

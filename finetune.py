@@ -47,7 +47,7 @@ ALIASES = {"model_name": "model.name", "lora": "model.use_lora", "seed": "genera
 
 @dataclass
 class General:
-    debug: int = knob(0, "above 0: show the first examples as they are trained on", 0)
+    debug: int = knob(0, "above 0, or true: show the first examples as they are trained on", 0, truth=True)
     finetune_seed: int = knob(42, "of data order, spans, dropped terms, new weights", 0)
     use_wandb: bool = knob(False, "report to Weights & Biases")
     wandb_project: str = knob("jepa-llm", "its project")
@@ -177,11 +177,12 @@ def load_model(cfg):
     try:
         tokenizer = AutoTokenizer.from_pretrained(m.name, **options)
         config = AutoConfig.from_pretrained(m.name, **options)
-        attention = m.attn_implementation
-        if attention == "auto":
-            flex = torch.cuda.is_available() and cfg.dataset.max_length > 1024
-            supported = getattr(AutoModelForCausalLM._model_mapping.get(type(config), None), "_supports_flex_attn", False)
-            attention = "flex_attention" if flex and supported else "sdpa"
+        kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        attention = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+        flex = cfg.dataset.max_length > 1024 and torch.cuda.is_available() and getattr(kind, "_supports_flex_attn", False)
+        if m.attn_implementation != "auto":
+            flex = m.attn_implementation == "flex_attention"
+            attention = attention if flex else m.attn_implementation
         options |= {"dtype": dtype, "attn_implementation": attention}
         if m.pretrain:
             options.pop("cache_dir")
@@ -190,17 +191,15 @@ def load_model(cfg):
             model = AutoModelForCausalLM.from_pretrained(m.name, **options)
     except (OSError, ImportError, ValueError) as e:
         raise ValueError(f"model.name={m.name}: cannot be loaded ({' '.join(str(e).split())[:300]})") from None
-    check_layers(config.get_text_config(), cfg.dataset.max_length)
+    check_layers(config.get_text_config(), cfg.dataset.max_length + cfg.dataset.predictors)
     model.config.use_cache = False
     preds = add_pred_tokens(tokenizer, model, cfg.dataset.predictors)
     if cfg.training.linear_predictor:
-        width = model.get_output_embeddings().weight.size(1)
-        model.jepa_predictor = nn.Linear(width, width, bias=False)
-        nn.init.eye_(model.jepa_predictor.weight)
-        if (saved := Path(m.name) / "jepa_predictor.safetensors").is_file():
-            model.jepa_predictor.load_state_dict(load_file(saved))
+        add_predictor(model, Path(m.name) / "jepa_predictor.safetensors")
     tap_forward(model)
     check_packing(model, dtype)
+    if flex:  # its masks say the same, but it is compiled for the device that trains
+        model.set_attn_implementation("flex_attention")
     if (cfg.training.gradient_checkpointing or cfg.training.memory_efficient) and not cfg.training.fsdp:  # FSDP2 has its own
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if m.use_lora:
@@ -214,7 +213,7 @@ def check_layers(config, length):
     window = getattr(config, "sliding_window", None)
     slides = "sliding_attention" in kinds or not getattr(config, "layer_types", None) and getattr(config, "use_sliding_window", True)
     if window and slides and window < length:
-        raise ValueError(f"{config.model_type} has layers with a sliding window of {window} tokens, which the tree mask would replace; set dataset.max_length to at most {window}")
+        raise ValueError(f"{config.model_type} has layers with a sliding window of {window} tokens, which the tree mask would replace; lower dataset.max_length so that it and the [PRED] tokens fit")
     if other := kinds - {"full_attention", "sliding_attention"}:
         raise ValueError(f"{config.model_type} has layers of {', '.join(sorted(other))}: they mix tokens of a row without the tree mask; choose a model of full attention")
 
@@ -233,6 +232,15 @@ def add_pred_tokens(tokenizer, model, count):
             for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
                 table[new] = table[:min(new)].float().mean(0).to(table.dtype)
     return ids
+
+
+def add_predictor(model, saved):
+    """A D x D map on view A as a part of the model: the identity, or what an earlier run has saved."""
+    width = model.get_output_embeddings().weight.size(1)
+    model.jepa_predictor = nn.Linear(width, width, bias=False, device=model.device)
+    nn.init.eye_(model.jepa_predictor.weight)
+    if saved.is_file():
+        model.jepa_predictor.load_state_dict(load_file(saved))
 
 
 def add_lora(model, cfg, preds):
@@ -294,8 +302,6 @@ def attention_mask(model, ends, dtype):
 @torch.no_grad()
 def check_packing(model, dtype):
     """ValueError where a packed row doesn't give each document the logits that it has alone: whatever the reason, training would go wrong."""
-    if model.config._attn_implementation == "flex_attention" and model.device.type == "cpu":
-        return  # FlexAttention is compiled for the device that trains
     tokens = torch.arange(20).tolist()
     trunk, branch, lone = tokens[:7], tokens[7:9], tokens[9:14]
     alone, training = [trunk, trunk[:4] + branch, lone], model.training
@@ -324,14 +330,15 @@ def check_packing(model, dtype):
 class JepaTrainer(Trainer):
     """gamma * CE + lbd * JEPA over packed examples; each a sum over the step's labels or pairs, of all processes, over their number."""
 
-    def __init__(self, cfg, filler, **arguments):
+    def __init__(self, cfg, chat, **arguments):
         super().__init__(data_collator=list, **arguments)
-        self.cfg, self.filler, self.loss_is_scaled_for_ga = cfg, filler, True
+        self.cfg, self.chat, self.filler, self.loss_is_scaled_for_ga = cfg, chat, chat.tokenizer.eos_token_id, True
         flex = self.model.config._attn_implementation == "flex_attention"
         # a document may be as long as max_length, and its branch comes on top
         self.rows_of = -(-(cfg.dataset.max_length + cfg.dataset.predictors + 8) // 128) * 128 if flex else 0
         self.parts = torch.zeros(2, device=self.args.device)  # (CE, JEPA) since the last log line
         self.part_steps, self.flops = [0, 0], 0
+        self.costs = unit_flops(self.model, cfg.training.gradient_checkpointing or cfg.training.memory_efficient)
 
     def pack(self, examples, term, generator):
         """A list of micro-batches for these examples: one, or with memory_efficient one for each of them."""
@@ -358,7 +365,8 @@ class JepaTrainer(Trainer):
         """Forward and backward of a micro-batch, or of its parts one by one."""
         losses = []
         for n, part in enumerate(inputs, 1):
-            with contextlib.nullcontext() if n == len(inputs) else self.accelerator.no_sync(model):
+            # FSDP2 sums sharded gradients as they come: deferring that would keep whole ones
+            with contextlib.nullcontext() if n == len(inputs) or self.cfg.training.fsdp else self.accelerator.no_sync(model):
                 losses.append(super().training_step(model, part, num_items_in_batch))
         self.flops += self.floating_point_ops(inputs)
         if self.accelerator.sync_gradients:
@@ -370,8 +378,10 @@ class JepaTrainer(Trainer):
     def sums(self, model, inputs):
         """(sum of CE over labels, sum of the distance over pairs or None) of a micro-batch."""
         keep = (inputs["labels"].flatten() >= 0).nonzero()[:, 0]
-        logits, u, v, floor = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], attention_mask=attention_mask(self.model, inputs["ends"], DTYPES[self.cfg.training.dtype]),
-                                    keep=keep, views=inputs["views"])
+        dtype = DTYPES[self.cfg.training.dtype]
+        with torch.autocast(keep.device.type, dtype, enabled=dtype != torch.float32):
+            logits, u, v, floor = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], keep=keep, views=inputs["views"],
+                                        attention_mask=attention_mask(self.model, inputs["ends"], dtype))
         ce = F.cross_entropy(logits.float(), inputs["labels"].flatten()[keep], reduction="sum")
         return ce, None if u is None else jepa.distance(u, v, self.cfg.distance, inputs["weight"], floor, inputs["group"])
 
@@ -402,14 +412,16 @@ class JepaTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """{"eval_loss": CE a label, "eval_jepa_loss"} over the eval examples, the term always computed."""
-        was_training, generator = self.model.training, span_generator(self.cfg.general.finetune_seed, 0)
-        model = self.model_wrapped if self.model_wrapped.training == was_training else self.model
+        model, examples, args = self.model_wrapped, eval_dataset or self.eval_dataset, self.args
+        was_training, generator, total = model.training, span_generator(self.cfg.general.finetune_seed, args.process_index), torch.zeros(4, device=args.device)
+        own, size = examples[args.process_index::args.world_size], args.per_device_eval_batch_size
         model.eval()
-        total = torch.zeros(4, device=self.args.device)
-        for examples in self.get_eval_dataloader(eval_dataset):
-            for inputs in self.pack(examples, self.cfg.ratio > 0, generator):
+        for first in range(0, -(-len(examples) // args.world_size), size):  # as many batches on every process, as sharded weights need
+            for inputs in self.pack(own[first:first + size] or examples[:1], self.cfg.ratio > 0, generator):
+                if first >= len(own):
+                    inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -1), "weight": inputs["weight"] * 0}
                 ce, term = self.sums(model, self._prepare_inputs(inputs))
-                total += torch.stack((ce, (inputs["labels"] >= 0).sum(), total[0] * 0 if term is None else term, inputs["weight"].sum()))
+                total += torch.stack((ce, (inputs["labels"] >= 0).sum(), ce * 0 if term is None else term, inputs["weight"].sum()))
         ce, labels, term, pairs = self.accelerator.reduce(total, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": ce / labels} | ({f"{metric_key_prefix}_jepa_loss": term / pairs} if self.cfg.ratio and pairs else {})
         model.train(was_training)
@@ -418,21 +430,23 @@ class JepaTrainer(Trainer):
         return metrics
 
     def floating_point_ops(self, inputs):
-        return sum(step_flops(self.model, batch, self.cfg.training.gradient_checkpointing or self.cfg.training.memory_efficient) for batch in inputs)
+        """FLOPs of forward and backward of micro-batches, padding counted."""
+        token, label, pair = self.costs
+        return sum(token * x["input_ids"].numel() + label * int((x["labels"] >= 0).sum()) + pair * x["input_ids"].numel() * x["input_ids"].size(1) for x in inputs)
 
 
-def step_flops(model, batch, again=False):
-    """FLOPs of forward and backward of a micro-batch, padding counted; again: with activations computed a second time.
+def unit_flops(model, again):
+    """FLOPs, forward and backward, of the network for a token, of the head for a label, of attention for a pair of tokens of a row.
 
-    A weight and token takes 2 forward, 2 for the gradient of its input, 2 for its own if it is trained; a layer and pair of tokens of
-    a row 4 times the width forward, 8 backward, visible or not, as a dense mask computes them. Source: arXiv 2204.02311, appendix B.
+    A weight takes 2 forward, 2 for the gradient of its input, 2 for its own if it is trained; again: 2 more, to compute activations
+    a second time. Attention takes 4 times the width and layer forward, 8 backward, visible or not, as a dense mask computes them.
+    Source: arXiv 2204.02311, appendix B.
     """
-    config, (R, T) = model.config.get_text_config(), batch["input_ids"].shape
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    config = model.config.get_text_config()
+    head, embedding = (getattr(table, "original_module", table).weight for table in (model.get_output_embeddings(), model.get_input_embeddings()))
     cost = lambda p, again: p.numel() * (4 + 2 * p.requires_grad + 2 * again)
     network = sum(cost(p, again) for p in model.parameters() if p is not head and p is not embedding)
-    attention = (12 + 4 * again) * config.num_hidden_layers * config.hidden_size * R * T * T
-    return network * R * T + cost(head, False) * int((batch["labels"] >= 0).sum()) + attention
+    return network, cost(head, False), (12 + 4 * again) * config.num_hidden_layers * config.hidden_size
 
 
 def same_flop_steps(trainer, examples, steps):
@@ -452,13 +466,15 @@ def arguments(cfg, evaluates):
     cuda = torch.cuda.is_available()
     fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT",
             "activation_checkpointing": t.gradient_checkpointing or t.memory_efficient}} if t.fsdp else {}
-    return TrainingArguments(
+    args = TrainingArguments(
         output_dir=t.output_dir, per_device_train_batch_size=t.batch_size, per_device_eval_batch_size=t.batch_size, gradient_accumulation_steps=t.grad_accum,
         learning_rate=t.learning_rate, num_train_epochs=t.num_epochs, eval_strategy="steps" if evaluates else "no", eval_steps=t.eval_steps,
         save_strategy="steps" if t.save_steps else "epoch", save_steps=t.save_steps or 500, save_total_limit=t.save_total_limit, logging_steps=t.logging_steps,
         bf16=t.dtype == "bf16", fp16=t.dtype == "fp16", optim=optimizer_name(t.optimizer), seed=g.finetune_seed, data_seed=g.finetune_seed,
         use_cpu=not cuda, ddp_backend=None if cuda or "RANK" not in os.environ else "gloo", ddp_find_unused_parameters=t.linear_predictor and cfg.ratio < 1,
         remove_unused_columns=False, report_to=["wandb"] if g.use_wandb else [], run_name=g.wandb_run_name or Path(t.output_dir).name, **fsdp)
+    args._n_gpu = min(1, args.n_gpu)  # without torchrun one GPU; the Trainer would spread a packed batch over all of them (DataParallel)
+    return args
 
 
 def optimizer_name(name):
@@ -469,19 +485,20 @@ def optimizer_name(name):
 
 def save(trainer):
     """The trained model as a folder that from_pretrained loads, adapters merged; of a sharded model with adapters these alone."""
-    cfg, folder = trainer.cfg, Path(trainer.args.output_dir)
-    if cfg.training.fsdp:
-        trainer.save_model()
-    elif trainer.is_world_process_zero():
-        base = trainer.accelerator.unwrap_model(trainer.model)
-        if cfg.model.use_lora:
-            base = base.merge_and_unload()
-        if cfg.training.linear_predictor:
-            save_file({"weight": base.jepa_predictor.weight.detach().contiguous()}, folder / "jepa_predictor.safetensors")
-            del base.jepa_predictor
-        base.config.use_cache = True
-        base.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
+    cfg, folder, model = trainer.cfg, Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
+    state = trainer.accelerator.get_state_dict(trainer.model) if cfg.training.fsdp else None
+    if not trainer.is_world_process_zero():
+        return
+    if cfg.model.use_lora and not cfg.training.fsdp:
+        model = model.merge_and_unload()
+    state = state or model.state_dict()
+    if cfg.training.linear_predictor:
+        weight = next(state.pop(name) for name in list(state) if name.endswith("jepa_predictor.weight") or "jepa_predictor.modules_to_save" in name)
+        save_file({"weight": weight.contiguous()}, folder / "jepa_predictor.safetensors")
+        state = {name: x for name, x in state.items() if "jepa_predictor" not in name}
+    model.config.use_cache, model.generation_config.eos_token_id = True, trainer.chat.stop_tokens
+    model.save_pretrained(folder, state_dict=state)
+    trainer.processing_class.save_pretrained(folder)
 
 
 def read_sets(cfg):
@@ -504,7 +521,7 @@ def make_trainer(cfg, say=print):
     model, tokenizer, preds = load_model(cfg)
     chat, found = Chat(tokenizer, d.plain), {}
     for name, (source, records) in sets.items():
-        found[name], line = prepare(records, source, chat, cfg, preds) if records else (None, "none")
+        found[name], _, line = prepare(records, source, chat, cfg, preds) if records else (None, None, "none")
         say(f"{name}: {line}")
     if not found["train"]:
         raise ValueError("no training examples")
@@ -512,13 +529,15 @@ def make_trainer(cfg, say=print):
         raise ValueError("no training example has a JEPA term; choose training.regular, or other data")
     for example in found["train"][:2 * (cfg.general.debug > 0)]:
         show(example, tokenizer, say)
-    for used, note in ((t.additive_mask, "additive_mask: all views are encoded in one forward pass anyway"),
+    for used, note in ((t.step_jepa and t.last_token, "last_token: a step's state is that of its last token, [PRED]s included; steps close no turn to count from"),
+                       (chat.prompt_differs, "the template's generation prompt is not what stands before the assistant's text in a conversation; generate from the latter, as evaluate.py does"),
+                       (t.additive_mask, "additive_mask: all views are encoded in one forward pass anyway"),
                        (t.memory_efficient, "memory_efficient: activations computed again" + ("; infonce needs the views of a micro-batch at once, so it stays whole"
                                             if t.infonce else ", and examples one at a time")),
                        (t.optimizer != optimizer_name(t.optimizer), f"optimizer: {optimizer_name(t.optimizer)}, since {t.optimizer} needs CUDA and bitsandbytes")):
         if used:
             say(note)
-    trainer = JepaTrainer(cfg, tokenizer.eos_token_id, model=model, args=arguments(cfg, bool(found["eval"])), train_dataset=found["train"],
+    trainer = JepaTrainer(cfg, chat, model=model, args=arguments(cfg, bool(found["eval"])), train_dataset=found["train"],
                           eval_dataset=found["eval"], processing_class=tokenizer)
     if t.same_flop and cfg.ratio:
         steps = int(-(-len(trainer.get_train_dataloader()) // t.grad_accum) * t.num_epochs)
@@ -549,11 +568,17 @@ def run(cfg, origin):
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
+    start = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"] if resume else 0
+    if first and (log := folder / "metrics.jsonl").exists():  # of steps that are now done again
+        log.write_text("".join(line for line in log.read_text().splitlines(True) if resume and json.loads(line)["step"] <= start))
     outcome = trainer.train(resume_from_checkpoint=resume)
-    metrics = trainer.evaluate() if trainer.eval_dataset else {}
+    history = trainer.state.log_history
+    if trainer.eval_dataset and not any("eval_loss" in line and line["step"] == trainer.state.global_step for line in history):
+        trainer.evaluate()
     save(trainer)
-    last = next((line for line in reversed(trainer.state.log_history) if "ce_loss" in line), {})
-    result = {"train_loss": outcome.training_loss, **{k: last[k] for k in ("ce_loss", "jepa_loss") if k in last}, **metrics, "steps": trainer.state.global_step,
+    losses = [line for line in history if "ce_loss" in line]
+    last = {k: v for line in history for k, v in line.items() if k in ("ce_loss", "jepa_loss", "eval_loss", "eval_jepa_loss")}
+    result = {"train_loss": sum(line["loss"] for line in losses) / len(losses), **last, "steps": trainer.state.global_step, "resumed_from": start,
               "examples": len(trainer.train_dataset), "examples_per_second": outcome.metrics["train_samples_per_second"],
               "train_seconds": outcome.metrics["train_runtime"], "seconds": round(time.perf_counter() - began, 1), "total_flops": trainer.state.total_flos,
               "seed": cfg.general.finetune_seed}
@@ -565,28 +590,31 @@ def run(cfg, origin):
     return result
 
 
-def views_of(folder, records, batch_size):
-    """View A and view B (N, D), float32, CPU, and the number of its record (N,), of a model that run() has saved, or of any other, by the
-    settings in its config.yaml; a run without pairs of its own (regular, span) is asked for pairs whose view A ends in its text."""
-    folder, settings = Path(folder), Config()
-    if (folder / "config.yaml").is_file():
-        settings, _ = load_sections(Config, ["--config", str(folder / "config.yaml")], ALIASES)
-    settings.model.name, settings.model.use_lora, settings.model.pretrain = str(folder), False, False
-    settings.dataset.predictors = settings.dataset.predictors if settings.ratio and not settings.training.span else 0
+def views_of(model, chat, folder, records, batch_size):
+    """View A and view B (N, D), float32, CPU, and the number of its record (N,), of a loaded model, by the settings in the config.yaml
+    that run() has left in its folder; a run without pairs of its own (regular, span) is asked for pairs whose view A ends in its text."""
+    settings, device, tokenizer = Config(), model.device, chat.tokenizer
+    if (file := Path(folder) / "config.yaml").is_file():
+        settings, _ = load_sections(Config, ["--config", str(file)], ALIASES)
+    predictors = settings.dataset.predictors if settings.ratio and not settings.training.span else 0
+    preds = tokenizer.convert_tokens_to_ids([f"<|predictor_{n}|>" for n in range(1, predictors + 1)])
     settings.training.regular = settings.training.span = False
-    settings.training.lbd, settings.training.dtype = 1.0, "float32"
-    model, tokenizer, preds = load_model(settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    examples, line = prepare(records, folder.name, Chat(tokenizer, settings.dataset.plain), settings, preds)
+    settings.training.lbd, settings.dataset.plain = 1.0, chat.plain
+    check_layers(model.config.get_text_config(), settings.dataset.max_length + predictors)
+    if (saved := Path(folder) / "jepa_predictor.safetensors").is_file():
+        add_predictor(model, saved)
+    tap_forward(model)
+    check_packing(model, model.dtype)
+    examples, kept, line = prepare(records, Path(folder).name, chat, settings, preds)
     print(line, flush=True)
-    found, model = [], model.to(device).eval()
+    found = []
     for first in progress(range(0, len(examples), batch_size), desc="encoding"):
         batch = {name: x.to(device) for name, x in pack(examples[first:first + batch_size], False, tokenizer.eos_token_id).items()}
         with torch.no_grad():
             _, u, v, _ = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], attention_mask=attention_mask(model, batch["ends"], model.dtype),
                                keep=torch.zeros(1, dtype=torch.long, device=device), views=batch["views"])
-        kept = batch["weight"] > 0
-        found.append((u[kept].cpu(), v[kept].cpu(), (batch["group"][kept] + first).cpu()))
+        there = batch["weight"] > 0
+        found.append((u[there].cpu(), v[there].cpu(), torch.tensor(kept)[(batch["group"][there] + first).cpu()]))
     return tuple(map(torch.cat, zip(*found)))
 
 

@@ -4,6 +4,7 @@ A record is (line number, kind, system text or None, views), as data/pairs.py re
 T tokens, N pairs of views.
 """
 import functools
+import itertools
 import os
 import re
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import jepa
 from chat import remove_thinking
 from data.pairs import parse, read, read_jsonl
 
-BLANK_LINE = re.compile(r"\n[ \t]*\n\s*")
+BLANK_LINE = re.compile(r"\r?\n[ \t]*\r?\n\s*")
 MAX_SPAN_FRAC = 0.5  # as JEPA_MAX_SPAN_FRAC
 
 
@@ -56,7 +57,7 @@ def lay_out(chat, cfg, preds, kind, system, views):
     if t.span:
         ends = turns.user[0], min(turns.assistant[-1], len(trunk) - 1)
         if ends[1] - ends[0] < 2:
-            return example, "fewer than three tokens"
+            return example, "cut off by max_length"
         example.pairs.append(((0, ends[0]), (0, ends[1])))
         return example, ""
     if t.step_jepa:
@@ -93,7 +94,7 @@ def connect(example, ways, cfg, preds):
         if t.front_pred and preds:
             view, preds = View(view.tokens[:view.first] + list(preds) + view.tokens[view.first:], view.first, view.tail), ()
         turn = [*view.tokens, *preds, *view.tail]
-        at = len(turn) + t.last_token if t.last_token else len(view.tokens) + len(preds) - 1
+        at = len(turn) + t.last_token if t.last_token and not t.step_jepa else len(view.tokens) + len(preds) - 1
         if not 0 <= at:
             raise ValueError(f"training.last_token={t.last_token}: a view has {len(turn)} tokens; count fewer from its end")
         if view.document is None:
@@ -108,7 +109,7 @@ def connect(example, ways, cfg, preds):
         (a, branch), (b, _) = place(a, preds), place(b)
         for view in (a, b):
             if (view[1] >= len(example.documents[view[0]].trunk) if isinstance(view, tuple) else len(view) > longest):
-                return "a view cut off by max_length"
+                return "a view is cut off by max_length"
         example.add_pair(a, b, branch)
     return ""
 
@@ -143,19 +144,19 @@ def pack(examples, span, filler, generator=None, rows_of=0):
 def read_records(source, cfg, split, limit):
     """[(line number, kind, system, views)] of a JSON-lines file or a Hugging Face dataset; ValueError says what is wrong where."""
     d = cfg.dataset
-    if Path(source).exists():
-        records = read_jsonl(source)
+    if Path(source).is_file():
+        records = read_jsonl(source, limit=limit or None)
     else:
         try:
-            rows = load_dataset(source, d.config_name or None, split=d.train_split or split, cache_dir=d.cache_dir or None)
+            rows = load_dataset(source, d.config_name or None, split=d.train_split if d.train_split and split == "train" else split, cache_dir=d.cache_dir or None)
         except Exception as e:  # datasets raises many kinds
             raise ValueError(f"{source}: no such file, and no dataset ({' '.join(str(e).split())[:200]}); check the path, dataset.config_name and train_split") from None
-        records = read(((n, functools.partial(parse, row)) for n, row in enumerate(rows, 1)), source, "stop")
+        records = read(((n, functools.partial(parse, row)) for n, row in enumerate(itertools.islice(rows, limit or None), 1)), source, "stop")
     if records[0][1] == "groups" and not (d.plain and d.train_all):
         raise ValueError(f"{source}: paraphrases have no user and assistant; give dataset.plain and train_all (--plain --trainall)")
     if records[0][1] == "groups" and (cfg.training.step_jepa or cfg.training.span):
         raise ValueError(f"{source}: paraphrases are views of each other; step_jepa and span need messages")
-    return records[:limit or None]
+    return records
 
 
 def clean(row, enabled):
@@ -169,13 +170,14 @@ def clean(row, enabled):
 
 def tokenise(batch, chat, cfg, preds):
     """Columns of laid-out examples, of columns of records."""
-    columns = {"documents": [], "pairs": [], "lost": []}
+    columns = {"documents": [], "pairs": [], "lost": [], "cut": []}
     for line, kind, system, views in zip(*(batch[name] for name in ("line", "kind", "system", "views"))):
         try:
             example, lost = lay_out(chat, cfg, preds, kind, system, views)
         except ValueError as e:
             raise ValueError(f"line {line}: {e}") from None
         columns["lost"].append("no label left by max_length" if example is None else lost)
+        columns["cut"].append(example is not None and any(len(d.trunk) == cfg.dataset.max_length for d in example.documents))
         columns["documents"].append([{"trunk": d.trunk, "loss_on": [d.loss_on.start, d.loss_on.stop], "branch": d.branch, "fork": d.fork} for d in example.documents]
                                     if example else [])
         columns["pairs"].append([[*a, *b] for a, b in example.pairs] if example else [])
@@ -183,7 +185,7 @@ def tokenise(batch, chat, cfg, preds):
 
 
 def prepare(records, source, chat, cfg, preds):
-    """The jepa.Examples of these records, and a line of what was cut or has no term."""
+    """(the jepa.Examples of these records, the number of each one's record, a line that counts what was cut and what has no term)."""
     d, count = cfg.dataset, len(records)
     processes = lambda asked: most if (most := min(count, asked or min(os.cpu_count(), -(-count // 1000)))) > 1 else None
     table = Dataset.from_list([dict(zip(("line", "kind", "system", "views"), record)) for record in records])
@@ -193,10 +195,12 @@ def prepare(records, source, chat, cfg, preds):
                           num_proc=processes(d.tokenize_num_proc), remove_columns=table.column_names, desc=f"tokenising {source}")
     except ValueError as e:
         raise ValueError(f"{source}, {e}") from None
+    kept = [n for n, documents in enumerate(table["documents"]) if documents]
     examples = [jepa.Example([jepa.Document(x["trunk"], range(*x["loss_on"]), x["branch"], x["fork"]) for x in row["documents"]],
                              [((a, p), (b, q)) for a, p, b, q in row["pairs"]]) for row in table if row["documents"]]
     if not examples:
         raise ValueError(f"{source}: no example has a label left; raise dataset.max_length={d.max_length}")
-    lost = [reason for reason in table["lost"] if reason]
-    counts = "".join(f"; {lost.count(reason):,} {'dropped' if reason.startswith('no label') else 'without a JEPA term'}: {reason}" for reason in sorted(set(lost)))
-    return examples, f"{source}: {len(examples):,} examples, {sum(len(x) for e in examples for x in e.documents) / len(examples):.1f} tokens on average{counts}"
+    lost, cut = [reason for reason in table["lost"] if reason], sum(table["cut"])
+    counts = f"; {cut:,} as long as max_length, or cut to it" if cut else ""
+    counts += "".join(f"; {lost.count(reason):,} {'dropped' if reason.startswith('no label') else 'without a JEPA term'}: {reason}" for reason in sorted(set(lost)))
+    return examples, kept, f"{source}: {len(examples):,} examples, {sum(len(x) for e in examples for x in e.documents) / len(examples):.1f} tokens on average{counts}"

@@ -13,6 +13,7 @@ test texts or codes stand in train too; evaluate.py reports its accuracy on the 
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -54,6 +55,8 @@ def parse(record):
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
         raise ValueError(f"roles {roles}: only one user and one assistant message are known, after at most one system message")
     system = messages[0].get("content") if len(messages) == 3 else None
+    if system:
+        check_text(system, "system")
     return "pairs", system, [check_text(m.get("content"), m["role"]) for m in messages[-2:]]
 
 
@@ -94,8 +97,8 @@ def read(records, where, bad):
     return found
 
 
-def read_jsonl(path, bad="stop"):
-    """As read(), of a file with a JSON object a line; empty lines don't count."""
+def read_jsonl(path, bad="stop", limit=None):
+    """As read(), of a file with a JSON object a line, the first `limit` of them; empty lines don't count."""
     def load(line):
         try:
             record = json.loads(line)
@@ -104,7 +107,7 @@ def read_jsonl(path, bad="stop"):
         return parse(record)
     try:
         with open(path, "rb") as f:
-            return read(((n, lambda: load(line)) for n, line in enumerate(f, 1) if line.strip()), str(path), bad)
+            return read(itertools.islice(((n, lambda: load(line)) for n, line in enumerate(f, 1) if line.strip()), limit), str(path), bad)
     except OSError as e:
         raise SystemExit(f"error: {path}: {e.strerror}; check the path") from None
 

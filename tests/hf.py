@@ -18,10 +18,10 @@ SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
              attention_dropout=0.0, tie_word_embeddings=False)
 
 
-def make_tokenizer(kind, vocab_size=320, texts=TEXTS):
-    """A byte-level BPE tokenizer with the special tokens and the chat template of a family of models."""
+def make_tokenizer(kind, vocab_size=320, texts=TEXTS, split=True):
+    """A byte-level BPE tokenizer with the special tokens and the chat template of a family of models. split: words apart, as GPT-2's."""
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split), decoders.ByteLevel()
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=SPECIAL[kind], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
                                                         show_progress=False))
     names = {"llama": dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"), "qwen": dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"),

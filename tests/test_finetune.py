@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM, TrainerCallback
 
 import bench
 import chat
+import evaluate
 import layouts
 import finetune
 import hf
 import jepa
 from config import load_sections
 from conftest import ROOT
+from data.pairs import read_jsonl
 
 KINDS = ("llama", "qwen", "neox")
 QUESTIONS = [("Be brief." if n % 3 else None, f"What is {n} + {n + 1}?" + " Say it." * (n % 4), f"First {n}.\n\nThen {2 * n + 1}{'!' * (n % 3)}\n\n#### {2 * n + 1}") for n in range(8)]
@@ -68,6 +70,11 @@ def one_step(trainer):
     trainer.args.save_strategy = "no"
     trainer.train()
     return keep.gradients, next(line for line in trainer.state.log_history if "ce_loss" in line)
+
+
+def views_of(folder, records, batch_size):
+    model, talk = evaluate.open_model(str(folder), torch.float32, False, False)
+    return finetune.views_of(model, talk, folder, records, batch_size)
 
 
 # ---- the plain reference
@@ -211,6 +218,16 @@ def test_last_token_counts_from_the_end_of_the_turn(models, questions, tmp_path)
         assert idx[0, p] == eot and example.documents[j].trunk[q] == eot
     with pytest.raises(ValueError, match="line 1: training.last_token=-400: a view has"):
         make_trainer(models["llama"], questions, tmp_path / "x", "--last_token", "-400")
+    assert_same(make_trainer(models["llama"], questions, tmp_path / "step", "--step_jepa", "--predictors", "2", "--last_token", "-2"), "llama", mode="step", k=2)  # a step is no turn
+
+
+def test_last_token_where_a_token_spans_the_text_s_end():
+    """A plain-text template, whose line break merges with a question mark."""
+    tokenizer = hf.make_tokenizer("neox", texts=["?\n"] * 9, vocab_size=260, split=False)
+    talk = chat.Chat(tokenizer)
+    turns = talk.conversation(None, "Why?", "so")
+    text = [tokenizer.decode([t]) for t in turns.tokens]
+    assert text[turns.user[-1]] == "?\n" and "".join(tokenizer.decode([t]) for t in turns.user_tail) == "Answer:"
 
 
 @pytest.mark.parametrize("flags", [["--predictors", "1"], ["--step_jepa"], ["--span"], ["--regular"], ["--predictors", "2", "--front_pred", "--linear_predictor"]])
@@ -237,6 +254,14 @@ def test_memory_efficient_and_additive_mask_change_no_number(models, questions, 
         assert same["loss"] == pytest.approx(line["loss"], rel=1e-5) and same["jepa_loss"] == pytest.approx(line["jepa_loss"], rel=1e-5)
         for n in gradients:
             torch.testing.assert_close(again[n], gradients[n], rtol=1e-3, atol=1e-5)
+
+
+def test_memory_efficient_takes_less_memory(models, questions, tmp_path):
+    def peak(*flags):
+        trainer = make_trainer(models["qwen"], questions, tmp_path / "out", *flags)
+        trainer.model.train()
+        return bench.peak_memory(lambda: [sum(trainer.sums(trainer.model, part)).backward() for part in trainer.pack(trainer.train_dataset, True, None)], torch.device("cpu"), 0)
+    assert peak("--max_items", "4", "--memory_efficient") < 0.7 * peak("--max_items", "4")
 
 
 def test_infonce_is_among_the_micro_batch(models, questions, tmp_path):
@@ -303,8 +328,12 @@ def test_long_examples_are_cut_and_counted(models, tmp_path):
     data = hf.write_messages(tmp_path / "data.jsonl", [(None, "short", "short"), (None, "short", long), (None, long, "short")])
     said = []
     trainer = finetune.make_trainer(configure(models["llama"], data, tmp_path / "out", "--max_length", "48"), said.append)
-    assert said[0].startswith(f"train: {data}: 2 examples") and "1 dropped: no label left by max_length" in said[0] and "1 without a JEPA term: a view cut off by max_length" in said[0]
+    assert said[0].startswith(f"train: {data}: 2 examples") and "1 dropped: no label left by max_length" in said[0] and "1 without a JEPA term: a view is cut off by max_length" in said[0]
+    assert "; 1 as long as max_length, or cut to it" in said[0]
     assert max(len(d.trunk) for e in trainer.train_dataset for d in e.documents) <= 48
+    finetune.run(configure(models["llama"], data, tmp_path / "out", "--max_length", "48"), {})
+    _, _, group = views_of(tmp_path / "out", read_jsonl(hf.write_messages(tmp_path / "other.jsonl", [(None, long, "x"), (None, "a", "b"), (None, "c", long), (None, "d", "e")])), 2)
+    assert group.tolist() == [1, 3]
 
 
 def test_paraphrases_each_predict_the_next(models, tmp_path):
@@ -354,6 +383,18 @@ def test_models_whose_attention_a_mask_would_change_are_refused(models, question
     make_trainer(str(tmp_path / "mistral"), questions, tmp_path / "out", "--max_length", "40")  # rows shorter than the window
 
 
+def test_a_model_without_sdpa_is_taken_eager_and_the_template_s_prompt_is_compared(questions, tmp_path, models):
+    tokenizer = hf.make_tokenizer("llama")
+    config = Gemma2Config(vocab_size=320, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=4096)
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tokenizer.save_pretrained(tmp_path / "gemma")
+    assert one_step(make_trainer(str(tmp_path / "gemma"), questions, tmp_path / "out"))[1]["jepa_loss"] > 0
+    for kind, differs in (("llama", False), ("qwen", False), ("neox", True)):  # neox: "Answer:", and " " before the text
+        said = []
+        finetune.make_trainer(configure(models[kind], questions, tmp_path / "out"), said.append)
+        assert any("generation prompt" in line for line in said) == differs
+
+
 def test_a_model_with_positions_of_its_own_is_found_by_its_numbers(models, questions, tmp_path, monkeypatch):
     """Such as one that counts positions through the row: here one made so."""
     real = finetune.AutoModelForCausalLM.from_pretrained
@@ -395,16 +436,19 @@ def test_linear_predictor_is_trained_and_saved(models, questions, tmp_path):
         assert not any("jepa" in name for name in load_file(out / "model.safetensors"))
 
 
-@pytest.mark.parametrize("flags", [["--predictors", "1"], ["--lora", "--predictors", "1"], ["--pretrain"]])
-def test_saved_model_generates_in_a_fresh_process(questions, tmp_path, models, flags):
-    finetune.run(configure(models["qwen"], questions, tmp_path / "out", "--learning_rate", "1e-3", *flags), {})
+def test_saved_models_generate_in_a_fresh_process(questions, tmp_path, models):
+    for name, flags in {"full": ["--predictors", "1"], "lora": ["--lora", "--predictors", "1"], "scratch": ["--pretrain", "--linear_predictor"]}.items():
+        finetune.run(configure(models["qwen"], questions, tmp_path / name, "--learning_rate", "1e-3", *flags), {})
+        saved = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert AutoTokenizer.from_pretrained(tmp_path / name).convert_tokens_to_ids("<|im_end|>") in saved["eos_token_id"]
     code = f"""
 from transformers import AutoModelForCausalLM, AutoTokenizer
-m, t = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r}), AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r})
-ids = t.apply_chat_template([{{"role": "user", "content": "What is 1 + 2?"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-print("generated", m.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1])"""
+for name in "full", "lora", "scratch":
+    m, t = (kind.from_pretrained(f"{tmp_path}/{{name}}") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    ids = t.apply_chat_template([{{"role": "user", "content": "What is 1 + 2?"}}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    print("generated", m.generate(**ids, max_new_tokens=5, do_sample=False).shape[1] > ids["input_ids"].shape[1])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert "generated True" in done.stdout, done.stderr
+    assert done.stdout.count("generated True") == 3, done.stderr
 
 
 # ---- runs
@@ -419,9 +463,9 @@ def weights(folder):
     return AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
 
-@pytest.mark.parametrize("flags", [["--step_jepa", "--predictors", "1", "--jepa_ratio", "0.5"], ["--span", "--lora"]])
-def test_a_killed_run_resumes_to_the_same_weights(models, questions, tmp_path, flags):
+def test_a_killed_run_resumes_to_the_same_weights(models, questions, tmp_path):
     """Dropout of the adapters, dropped terms, spans and data order included."""
+    flags = ["--span", "--lora", "--jepa_ratio", "0.5"]
     common = ["--model_name", models["llama"], "--train_file", questions, "--dtype", "float32", "--batch_size", "2", "--grad_accum", "1", "--num_epochs", "25",
               "--save_steps", "10", "--learning_rate", "1e-3", *flags]
     whole = launch(*common, "--output_dir", tmp_path / "whole")
@@ -440,12 +484,16 @@ def test_a_killed_run_resumes_to_the_same_weights(models, questions, tmp_path, f
     assert text.strip().splitlines()[-1].startswith("result: {")
     expected, found = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+    one, other = ([json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "cut"))
+    assert [line.get("ce_loss") for line in one] == [line.get("ce_loss") for line in other]  # each step once
+    one, other = (json.loads((tmp_path / n / "result.json").read_text()) for n in ("whole", "cut"))
+    assert other["train_loss"] == one["train_loss"] and (one["resumed_from"], other["resumed_from"] >= 20) == (0, True)
 
 
 def test_two_processes_train_as_one(models, questions, tmp_path):
     """Uneven labels and pairs a process; the same examples a step, so the same losses and weights."""
     common = ["--model_name", models["llama"], "--train_file", questions, "--eval_file", questions, "--dtype", "float32", "--num_epochs", "3", "--predictors", "1",
-              "--learning_rate", "1e-3", "--linear_predictor", "--optimizer", "sgd"]
+              "--learning_rate", "1e-3", "--linear_predictor", "--optimizer", "sgd", "--max_eval_items", "5"]
     runs = {1: launch(*common, "--output_dir", tmp_path / "1", "--batch_size", "4", "--grad_accum", "2"),
             2: launch(*common, "--output_dir", tmp_path / "2", "--batch_size", "4", "--grad_accum", "1", processes=2)}
     for run in runs.values():
@@ -495,7 +543,7 @@ def test_evaluation_is_a_mean_over_labels_and_pairs(models, questions, tmp_path)
     trainer = make_trainer(models["llama"], questions, tmp_path / "out", "--eval_file", questions, "--predictors", "1", "--batch_size", "3")
     ce, term, _ = reference(trainer, "llama", QUESTIONS, k=1)
     Path(trainer.args.output_dir).mkdir(exist_ok=True)
-    found = trainer.evaluate()
+    found = trainer.evaluate()  # before any training, too
     assert found["eval_loss"] == pytest.approx(ce, rel=1e-5) and found["eval_jepa_loss"] == pytest.approx(term, rel=1e-4)
 
 
@@ -563,13 +611,14 @@ def test_commands_of_the_replaced_scripts_run(models, questions, tmp_path, comma
 
 def test_yaml_then_flag_and_what_is_refused(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("model: {name: m, cache_dir: null}\ndataset: {train_file: a.jsonl}\ntraining: {lbd: 2, regular: false}\n")
+    file.write_text("general: {debug: true}\nmodel: {name: m, cache_dir: null}\ndataset: {train_file: a.jsonl}\ntraining: {lbd: 2, regular: false}\n")
     cfg, origin = load_sections(finetune.Config, ["--config", str(file), "--lbd", "3", "--dataset.cache_dir=c", "--lora"], finetune.ALIASES)
     assert (cfg.model.name, cfg.model.cache_dir, cfg.dataset.cache_dir, cfg.training.lbd, cfg.model.use_lora) == ("m", "", "c", 3.0, True)
+    assert cfg.general.debug == 1 and load_sections(finetune.Config, ["--debug", "5"], finetune.ALIASES)[0].general.debug == 5
     assert origin["training.lbd"] == "flag --training.lbd" and origin["model.name"] == f"{file}: model.name" and origin["model.cache_dir"] == "default"
     for text, message in [("training: {ldb: 1}", r"run.yaml: unknown key training.ldb; did you mean training.lbd\?"), ("trainig: {lbd: 1}", "unknown section trainig; did you mean training"),
                           ("training: {lbd: often}", "run.yaml: training.lbd: 'often' is not a valid float"), ("training: 3", "section training must hold lines"),
-                          ("training: {lbd: -1}", "training.lbd=-1.0: must be at least 0"), ("[", "--config .*run.yaml: while parsing")]:
+                          ("training: {lbd: -1}", "training.lbd=-1.0: must be at least 0"), ("general: {wandb_tags: [a, b]}", "general.wandb_tags: .* is not a valid str"), ("[", "--config .*run.yaml: while parsing")]:
         file.write_text(text)
         with pytest.raises(ValueError, match=message):
             load_sections(finetune.Config, ["--config", str(file), "--train_file", "x"], finetune.ALIASES)
@@ -583,6 +632,8 @@ def test_yaml_then_flag_and_what_is_refused(tmp_path):
 
 
 def test_misuse_ends_in_one_line(models, questions, tmp_path, capsys):
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"messages": [{"role": "system", "content": 5}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}')
     bad = tmp_path / "bad.jsonl"
     bad.write_text(Path(questions).read_text() + '{"messages": [{"role": "user", "content": "x"}]}\n')
     single = hf.write_messages(tmp_path / "single.jsonl", [(None, "q", "one step")])
@@ -592,7 +643,7 @@ def test_misuse_ends_in_one_line(models, questions, tmp_path, capsys):
     (tmp_path / "finished" / "result.json").write_text("{}")
     for model, data, folder, flags, message in [
             (models["llama"], str(bad), out, [], r"bad.jsonl, line 9: no message of role assistant"), (models["llama"], str(tmp_path / "none.jsonl"), out, [], "no such file, and no dataset"),
-            (str(tmp_path), questions, out, [], "cannot be loaded"), (models["llama"], single, out, ["--step_jepa"], "no training example has a JEPA term"),
+            (models["llama"], str(odd), out, [], "odd.jsonl, line 1: system is not a text"), (str(tmp_path), questions, out, [], "cannot be loaded"), (models["llama"], single, out, ["--step_jepa"], "no training example has a JEPA term"),
             (models["llama"], nothing, out, [], "nothing.jsonl, line 1: remove_thinking leaves nothing"), (models["llama"], questions, tmp_path / "finished", [], "holds a finished run"),
             (models["llama"], questions, out, ["--resume", str(tmp_path / "no")], "training.resume=.*no such folder"), (models["llama"], questions, out, ["--max_length", "12"], "no example has a label left"),
             (models["llama"], questions, out, ["--data_file", questions], "give either dataset.train_file or dataset.data_file"), (models["llama"], questions, out, ["--fsdp"], "training.fsdp: needs CUDA")]:
@@ -664,6 +715,11 @@ def test_keys_of_loading_reach_the_loaders(models, questions, tmp_path, monkeypa
     finetune.make_trainer(configure(models["llama"], "owner/name", tmp_path / "out", "--model.cache_dir", "mc", "--dataset.cache_dir", "dc", "--trust_remote_code", "--config_name", "main",
                                     "--train_split", "part", "--preprocess_num_proc", "2", "--tokenize_num_proc", "3", "--tokenize_batch_size", "2"), lambda line: None)
     assert seen["dataset"] == ("owner/name", "main", {"split": "part", "cache_dir": "dc"})
+    layouts.read_records("owner/name", configure("m", "owner/name", "o", "--train_split", "part"), "test", 0)
+    assert seen["dataset"][2]["split"] == "test"  # of eval_file
+    bad = tmp_path / "late.jsonl"
+    bad.write_text(Path(questions).read_text() + "no JSON")
+    assert len(layouts.read_records(str(bad), configure("m", "x", "o"), "train", 3)) == 3
     assert seen["model"]["cache_dir"] == seen["tokenizer"]["cache_dir"] == "mc" and seen["model"]["trust_remote_code"] is True
     assert processes == [(2, None), (3, 2)]
 
@@ -702,9 +758,8 @@ def test_same_flop_makes_fewer_steps(models, questions, tmp_path):
 
 
 def test_the_views_of_a_saved_model_are_those_it_trained(models, questions, tmp_path):
-    from data.pairs import read_jsonl
     finetune.run(configure(models["qwen"], questions, tmp_path / "out", "--predictors", "1", "--learning_rate", "1e-3", "--lora"), {})
-    u, v, group = finetune.views_of(tmp_path / "out", read_jsonl(questions), batch_size=3)
+    u, v, group = views_of(tmp_path / "out", read_jsonl(questions), 3)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     assert group.tolist() == list(range(8))
     before, user, *_ = written("qwen", *QUESTIONS[4])

@@ -209,7 +209,7 @@ def evaluated(*flags):
 def test_accuracy_of_a_run_that_knows_its_pairs(trained):
     run, test, base = trained
     result = evaluated("--run", run, "--data", test)
-    assert result.keys() == {"exact", "startswith", "n", "exact_clean", "startswith_clean", "n_clean", "seconds"}
+    assert result.keys() == {"exact", "startswith", "n", "exact_clean", "startswith_clean", "n_clean", "seconds", "exact_wilson95", "startswith_wilson95"}
     assert result["exact"] == 6 / 8 and result["n"] == 8 and result["n_clean"] == 1 and result["exact_clean"] == 0
     assert json.loads((run / "accuracy-test.json").read_text()) == result
     # a batch of another size, and a file of prefixes: what is generated starts with them and is not they
