@@ -377,7 +377,7 @@ def views_of_model(args):
     from finetune import views_of
     records = read_jsonl(args.data, args.bad)
     random.Random(0).shuffle(records)
-    model, chat = open_model(args.model, torch.float32, args.plain or text_settings(args.model)["plain"], args.trust_remote_code)
+    model, chat = open_model(args.model, torch.float32, args.plain or text_settings(Path(args.model))[0], args.trust_remote_code)
     u, v, group = views_of(model, chat, args.model, records, args.batch_size)
     return u, v, group, len(records) - len(group.unique())
 
@@ -390,10 +390,10 @@ def check_arguments(args, default):
         raise ValueError("give either --data, with or without --similarity, or --prompt, which needs --run")
     if args.plot and not args.similarity:
         raise ValueError("--plot draws the views of --similarity; give both")
-    generates = ("task", "databases", "sql_timeout", "output", "dtype", "plain", "trust_remote_code")
-    for name in (*(generates if args.run or args.similarity else ()), *(("pred_tokens",) if args.model else ())):
+    generates, loads = ("task", "databases", "sql_timeout", "output", "dtype"), ("plain", "trust_remote_code")
+    for name in (*(generates if args.run or args.similarity else ()), *(loads if args.run else ()), *(("pred_tokens",) if args.model else ())):
         if getattr(args, name) != default(name):
-            raise ValueError(f"--{name} belongs to " + ("--run" if name == "pred_tokens" else "the accuracy of a --model"))
+            raise ValueError(f"--{name} belongs to " + ("--run" if name == "pred_tokens" else "a --model" if name in loads else "the accuracy of a --model"))
     for name in ("batch_size", "sql_timeout", *(("tokens",) if args.model and args.tokens is not None else ())):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} {getattr(args, name)}: must lie above 0")

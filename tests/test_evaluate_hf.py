@@ -495,9 +495,9 @@ def plots():
 
 def test_similarity_of_a_model_and_its_plot(plots, folder, exact_file, tmp_path, monkeypatch):
     seen = []
-    def views_of(model, records, batch_size):
+    def views_of(model, chat, of, records, batch_size):
         seen.extend(records)
-        assert (model, batch_size) == (folder, 3)
+        assert (of, batch_size) == (folder, 3) and model.config.hidden_size and not chat.plain
         return *random_views(len(records), 16), torch.arange(len(records))
     monkeypatch.setitem(sys.modules, "finetune", SimpleNamespace(views_of=views_of))
     result = evaluated("--model", folder, "--data", exact_file, "--similarity", "--batch_size", 3, "--plot", tmp_path / "p.png")
