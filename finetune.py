@@ -540,7 +540,7 @@ def make_trainer(cfg, say=print):
     trainer = JepaTrainer(cfg, chat, model=model, args=arguments(cfg, bool(found["eval"])), train_dataset=found["train"],
                           eval_dataset=found["eval"], processing_class=tokenizer)
     if t.same_flop and cfg.ratio:
-        steps = int(-(-len(trainer.get_train_dataloader()) // t.grad_accum) * t.num_epochs)
+        steps = int(-(-len(found["train"]) // (t.batch_size * t.grad_accum * trainer.args.world_size)) * t.num_epochs)
         trainer.args.max_steps, cost = same_flop_steps(trainer, found["train"], steps)
         say(f"same_flop: a step costs {cost:.3f} of one without the term: {trainer.args.max_steps} steps instead of {steps}")
     return trainer
@@ -578,7 +578,7 @@ def run(cfg, origin):
     save(trainer)
     losses = [line for line in history if "ce_loss" in line]
     last = {k: v for line in history for k, v in line.items() if k in ("ce_loss", "jepa_loss", "eval_loss", "eval_jepa_loss")}
-    result = {"train_loss": sum(line["loss"] for line in losses) / len(losses), **last, "steps": trainer.state.global_step, "resumed_from": start,
+    result = {"train_loss": sum(line["loss"] for line in losses) / len(losses) if losses else outcome.training_loss, **last, "steps": trainer.state.global_step, "resumed_from": start,
               "examples": len(trainer.train_dataset), "examples_per_second": outcome.metrics["train_samples_per_second"],
               "train_seconds": outcome.metrics["train_runtime"], "seconds": round(time.perf_counter() - began, 1), "total_flops": trainer.state.total_flos,
               "seed": cfg.general.finetune_seed}

@@ -605,7 +605,7 @@ COMMANDS = [  # the example commands of seeds/003 and the options of seeds/001, 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_replaced_scripts_run(models, questions, tmp_path, command, capsys):
-    finetune.main(["--model_name", models["llama"], "--train_file", questions, "--output_dir", str(tmp_path / "out"), "--dtype", "float32", "--num_epochs", "1", *command.split()])
+    finetune.main(["--model_name", models["llama"], "--train_file", questions, "--output_dir", str(tmp_path / "out"), "--dtype", "float32", "--num_epochs", "1", "--logging_steps", "3", *command.split()])
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("result: {")
 
 
