@@ -9,9 +9,10 @@ import pytest
 import torch
 import yaml
 
+import finetune
 import train_gpt
 import weights
-from config import load_config
+from config import load_config, load_sections
 from model import GPT, GPTConfig
 from train_gpt import Config
 
@@ -128,9 +129,12 @@ def presets():
 
 @pytest.mark.parametrize("path", presets(), ids=lambda p: p.stem)
 def test_presets_load_and_say_purpose_command_and_expectation(path):
-    cfg, _, _ = load_config(Config, [f"--config={path}"], {})
-    for ranks in (1,) if path.stem == "cpu_stdlib" else (1, 2, 4, 8):
-        train_gpt.divide_batch(cfg, 0, ranks, None)
+    if path.stem.startswith("finetune"):
+        load_sections(finetune.Config, [f"--config={path}"], finetune.ALIASES)
+    else:
+        cfg, _, _ = load_config(Config, [f"--config={path}"], {})
+        for ranks in (1,) if path.stem == "cpu_stdlib" else (1, 2, 4, 8):
+            train_gpt.divide_batch(cfg, 0, ranks, None)
     head = path.read_text().splitlines()[:4]
     for word in ("Purpose:", "Command:", "Expect:"):
         assert any(line.startswith(f"# {word}") for line in head), word
