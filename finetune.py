@@ -257,7 +257,7 @@ def add_lora(model, cfg, preds):
 
 
 def tap_forward(model):
-    """Let model(..., keep=..., views=...) return (logits (n, V) of the kept states, view A, view B (N, D), noise floor or None).
+    """Let model(..., keep=..., views=...) return (logits (1, n, V) of the kept states, view A, view B (N, D), noise floor or None).
 
     keep (n,), views (2, N) or (4, N): indices into the R * T states. The states are what the head gets: behind the last norm,
     as hidden_states[-1]. The head computes kept states alone, with whatever scaling the model's own forward adds.
@@ -275,7 +275,7 @@ def tap_forward(model):
 
         hook = self.get_output_embeddings().register_forward_pre_hook(select)
         try:
-            logits = original(*args, use_cache=False, **{name: x for name, x in inputs.items() if x is not None}).logits[0]
+            logits = original(*args, use_cache=False, **{name: x for name, x in inputs.items() if x is not None}).logits  # and no view of them: FSDP2 hooks what is returned
         finally:
             hook.remove()
         if views is None:
@@ -313,6 +313,7 @@ def check_packing(model, dtype):
                            keep=torch.arange(batch["input_ids"].numel(), device=model.device))
     except Exception as e:  # a model of another kind fails in its own way
         raise ValueError(f"{model.config.model_type} doesn't take rows with a mask and positions of their own ({' '.join(str(e).split())[:200]}); choose another model") from None
+    packed = packed[0]
     rows = [packed[[0, 1, 2, 3, 6, 7, 8]], packed[:6]]
     lone_at = (batch["input_ids"].flatten() == lone[0]).nonzero()[0, 0]
     rows.append(packed[lone_at:lone_at + 5])
@@ -382,7 +383,7 @@ class JepaTrainer(Trainer):
         with torch.autocast(keep.device.type, dtype, enabled=dtype != torch.float32):
             logits, u, v, floor = model(input_ids=inputs["input_ids"], position_ids=inputs["position_ids"], keep=keep, views=inputs["views"],
                                         attention_mask=attention_mask(self.model, inputs["ends"], dtype))
-        ce = F.cross_entropy(logits.float(), inputs["labels"].flatten()[keep], reduction="sum")
+        ce = F.cross_entropy(logits[0].float(), inputs["labels"].flatten()[keep], reduction="sum")
         return ce, None if u is None else jepa.distance(u, v, self.cfg.distance, inputs["weight"], floor, inputs["group"])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

@@ -536,7 +536,7 @@ print("sharded", type(p).__name__)
     (tmp_path / "shard.py").write_text(code)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29572", str(tmp_path / "shard.py")],
                           capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.stdout.count("sharded DTensor") == 2, done.stderr
+    assert done.returncode == 0 and done.stdout.count("sharded") == done.stdout.count("DTensor") == 2, done.stderr
 
 
 def test_evaluation_is_a_mean_over_labels_and_pairs(models, questions, tmp_path):
