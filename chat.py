@@ -50,7 +50,7 @@ class Chat:
         if not plain and not tokenizer.chat_template:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path} has no chat template; choose dataset.plain: true")
         self.start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        self.special = set(tokenizer.all_special_ids)
+        self.special = {*tokenizer.all_special_ids, *(n for n, token in tokenizer.added_tokens_decoder.items() if token.special)}
         self.line_break = self.encode("\n")
         self.takes_system = plain or self.renders([("system", "s"), ("user", "u"), ("assistant", "a")])
         self.end = self.conversation(None, "u", "a").assistant_tail[-1]

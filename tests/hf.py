@@ -18,7 +18,7 @@ SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
              attention_dropout=0.0, tie_word_embeddings=False)
 
 
-def make_tokenizer(kind, vocab_size=320, texts=TEXTS, split=True):
+def make_tokenizer(kind, vocab_size=320, texts=TEXTS, split=True, **changes):
     """A byte-level BPE tokenizer with the special tokens and the chat template of a family of models. split: words apart, as GPT-2's."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split), decoders.ByteLevel()
@@ -26,7 +26,7 @@ def make_tokenizer(kind, vocab_size=320, texts=TEXTS, split=True):
                                                         show_progress=False))
     names = {"llama": dict(bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"), "qwen": dict(eos_token="<|im_end|>", pad_token="<|endoftext|>"),
              "neox": dict(bos_token="<|endoftext|>", eos_token="<|endoftext|>")}[kind]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **{**names, **changes})
     tokenizer.chat_template = {"llama": LLAMA, "qwen": QWEN, "neox": NEOX}[kind]
     return tokenizer
 

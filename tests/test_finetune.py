@@ -348,6 +348,17 @@ def test_paraphrases_each_predict_the_next(models, tmp_path):
         make_trainer(models["llama"], str(data), tmp_path / "out")
 
 
+def test_the_end_of_the_turn_need_not_be_the_tokenizer_s_end_token(questions, tmp_path, models):
+    """As in base models with a chat template: the turn's own end token is trained, and a saved model stops at it (mistake 2)."""
+    tokenizer = hf.make_tokenizer("qwen", eos_token="<|endoftext|>")
+    AutoModelForCausalLM.from_pretrained(models["qwen"]).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat.Chat(AutoTokenizer.from_pretrained(tmp_path / "base")).conversation(None, "a", "b").tokens[-1] == end
+    finetune.run(configure(str(tmp_path / "base"), questions, tmp_path / "out", "--num_epochs", "1"), {})
+    assert sorted(json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]) == sorted([end, tokenizer.eos_token_id])
+
+
 def test_thinking_is_removed():
     assert chat.remove_thinking("<think>a\nb</think> yes <Output>4</Output><Thought>x</Thought>") == "yes 4"
     assert chat.remove_thinking("a < b and <i>c</i>") == "a < b and <i>c</i>"
