@@ -466,7 +466,7 @@ for name in "full", "lora", "scratch":
 
 
 def launch(*flags, processes=1, **options):
-    command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29571"] if processes > 1 else []), str(ROOT / "finetune.py")]
+    command = [sys.executable, *(["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"] if processes > 1 else []), str(ROOT / "finetune.py")]
     return subprocess.Popen([*command, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
@@ -545,7 +545,7 @@ for name, p in trainer.model.named_parameters():
 print("sharded", type(p).__name__)
 """
     (tmp_path / "shard.py").write_text(code)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29572", str(tmp_path / "shard.py")],
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(tmp_path / "shard.py")],
                           capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("sharded") == done.stdout.count("DTensor") == 2, done.stderr
 
