@@ -184,11 +184,11 @@ def bench_finetune(argv, rounds):
     trainer.model.train()
 
     def losses(name, chunk):
-        with torch.autocast(device.type, finetune.DTYPES[t.dtype], enabled=t.dtype != "float32"):
-            if name not in packs:
+        if name not in packs:
+            with torch.autocast(device.type, finetune.DTYPES[t.dtype], enabled=t.dtype != "float32"):
                 return padded_passes(trainer, chunk, variants[name])
-            parts = [trainer.sums(trainer.model, trainer._prepare_inputs(batch)) for batch in trainer.pack(chunk, packs[name], None)]
-            return sum(ce for ce, _ in parts), sum(term for _, term in parts if term is not None)
+        parts = [trainer.sums(trainer.model, trainer._prepare_inputs(batch)) for batch in trainer.pack(chunk, packs[name], None)]
+        return sum(ce for ce, _ in parts), sum(term for _, term in parts if term is not None)
 
     def step(name):
         chunk = chunks[len(seen) // len(variants) % len(chunks)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateError
 
-PLACEHOLDER = "\ue000%d\ue001"  # private-use characters: no template trims or splits them
+PLACEHOLDER, PLACEHOLDERS = "\ue000%d\ue001", re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template trims or splits them
 THINKING = re.compile(r"<(think|Thought)>.*?</\1>|</?(?:Output|Answer)>", re.DOTALL)
 
 
@@ -52,10 +52,10 @@ class Chat:
         self.start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         self.special = {*tokenizer.all_special_ids, *(n for n, token in tokenizer.added_tokens_decoder.items() if token.special)}
         self.line_break = self.encode("\n")
-        self.takes_system = plain or self.renders([("system", "s"), ("user", "u"), ("assistant", "a")])
+        self.takes_system = not plain and self.renders([("system", "s"), ("user", "u"), ("assistant", "a")])
         self.end = self.conversation(None, "u", "a").assistant_tail[-1]
-        own = [] if plain else tokenizer.apply_chat_template([{"role": "user", "content": "u"}], add_generation_prompt=True, tokenize=False)
-        self.prompt_differs = not plain and self.encode(own) != self.prompt(None, "u")
+        self.prompt_differs = not plain and self.prompt(None, "u") != self.encode(
+            tokenizer.apply_chat_template([{"role": "user", "content": "u"}], add_generation_prompt=True, tokenize=False))
         self.stop_tokens = sorted({self.end, tokenizer.eos_token_id})
 
     def encode(self, text):
@@ -82,7 +82,7 @@ class Chat:
             [{"role": role, "content": text} for (role, _), text in zip(messages, contents)], tokenize=False)
         contents = [text for _, text in messages]
         try:
-            parts = re.split("\ue000(\\d+)\ue001", apply([PLACEHOLDER % i for i in range(len(messages))]))
+            parts = PLACEHOLDERS.split(apply([PLACEHOLDER % i for i in range(len(messages))]))
         except TemplateError as e:
             raise ValueError(f"the chat template refuses messages of {' and '.join(role for role, _ in messages)} ({e}); choose dataset.plain: true"
                              + (", or dataset.views: prefix" if len(messages) == 1 else "")) from None
@@ -96,7 +96,7 @@ class Chat:
 
     def with_system(self, system, user):
         """(role, content) messages; the system message stands in the user's where the template refuses it."""
-        if not system or self.takes_system and not self.plain:
+        if not system or self.takes_system:
             return ([("system", system)] if system else []) + [("user", user)]
         return [("user", f"{system}\n{user}" if self.plain else f"{system}\n\n{user}")]
 
@@ -117,16 +117,12 @@ class Chat:
         begin = sum(map(len, (*between[:-2], *texts[:-2])))
         stop = begin + len(texts[-2])
         before = "".join(a + b for a, b in zip(between[:-2], texts)) + between[-2]
-        closing = self.user_tail(messages) if between[-2] else ""
+        closing = self.pieces(messages)[0][-1]  # what the template writes behind a user's text that is the last
         prompt, (user_place, tail) = self.encode_places(before, [(begin, stop), (stop, stop + len(closing) if between[-2].startswith(closing) else len(before))])
         tail = prompt[user_place.stop:tail.stop]  # a token may hold the end of the text and the beginning of what follows
         answer, ending = self.encode(texts[-1]), self.ending(between[-1])
         first = len(prompt)
         return Turns([*prompt, *answer, *ending], user_place, range(first, first + len(answer)), tail, ending, texts[-1])
-
-    def user_tail(self, messages):
-        """The text with which the template closes the user's turn."""
-        return self.pieces(messages)[0][-1]
 
     def ending(self, text):
         """The tokens that close the assistant's turn, up to the first special one, which is then the last; without one, the end token."""

@@ -338,7 +338,7 @@ class JepaTrainer(Trainer):
         # a document may be as long as max_length, and its branch comes on top
         self.rows_of = -(-(cfg.dataset.max_length + cfg.dataset.predictors + 8) // 128) * 128 if flex else 0
         self.parts = torch.zeros(2, device=self.args.device)  # (CE, JEPA) since the last log line
-        self.part_steps, self.flops = [0, 0], 0
+        self.part_steps, self.flops = [0, 0], 0  # the steps that parts is about: all, and those with the term
         self.costs = unit_flops(self.model, cfg.training.gradient_checkpointing or cfg.training.memory_efficient)
 
     def pack(self, examples, term, generator):
@@ -353,6 +353,7 @@ class JepaTrainer(Trainer):
         """The micro-batches of a step, lists, and its (labels, pairs) over all processes: here the Trainer has all of a step at once."""
         cfg, step, rank = self.cfg, self.state.global_step, self.args.process_index
         term = jepa.keeps_term(cfg.general.finetune_seed, step, cfg.ratio) and cfg.ratio > 0
+        self.part_steps = [self.part_steps[0] + 1, self.part_steps[1] + term]
         generator = span_generator(cfg.general.finetune_seed, step * self.args.world_size + rank)
         batches = [self.pack(examples, term, generator) for examples in itertools.islice(epoch_iterator, num_batches)]
         return batches, self.count(itertools.chain(*batches), device)
@@ -391,9 +392,6 @@ class JepaTrainer(Trainer):
         ce, term = self.sums(model, inputs)
         labels, pairs = num_items_in_batch
         self.parts += torch.stack((ce.detach() / labels, torch.zeros_like(ce) if term is None else term.detach() / pairs))
-        if self.accelerator.sync_gradients and not getattr(self, "counted", None) == self.state.global_step:
-            self.counted = self.state.global_step
-            self.part_steps = [self.part_steps[0] + 1, self.part_steps[1] + (term is not None)]
         t = self.cfg.training
         loss = t.gamma * ce / labels
         return (loss if term is None else loss + t.lbd * term / pairs) * self.args.world_size
