@@ -35,6 +35,8 @@ METRIC = {"train_gpt.py": "val_bpb", "finetune.py": "eval_loss"}
 HIGHER_IS_BETTER = {"exact", "startswith", "exact_clean", "startswith_clean", "accuracy", "probability"}
 # settings of the term: what an arm's twin hasn't
 TERM = {"train_gpt.py": ("jepa_",), "finetune.py": ("step_jepa", "span", "predictors", "linear_predictor", "jepa_", "infonce", "front_pred", "reverse_pred", "views", "last_token")}
+CODE = {"train_gpt.py": ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py"),
+        "finetune.py": ("finetune.py", "layouts.py", "chat.py", "jepa.py", "model.py", "loader.py", "config.py")}  # what makes a run's result
 BUDGETS = {"steps": "iterations", "flops": "train_flops", "seconds": "max_wallclock_seconds"}
 
 
@@ -97,10 +99,11 @@ class Run:
     folder: Path
     command: list
     log: Path
+    evaluation: Path | None = None
 
     def result(self):
         """Its result.json, with the evaluation's where there is one; None while it isn't finished."""
-        files = [self.folder / "result.json", *([self.folder / "evaluation.json"] if "evaluation" in self.log.name else [])]
+        files = [self.folder / "result.json", *([self.evaluation] if self.evaluation else [])]
         if not all(file.is_file() for file in files):
             return None
         found = {}
@@ -135,15 +138,30 @@ def plan(args, flags, out):
     arms, runs = parse_arms(args.arms, args.script), []
     flags = [*([f"--config={Path(args.config).resolve()}"] if args.config else []), *flags, *(budget_flags(args.budget, args.script) if args.budget else [])]
     config = Path(args.config).read_bytes() if args.config else b""
+    evaluation = f"evaluation-{digest(Path(args.evaluate).read_bytes(), args.task)}.json" if args.evaluate else None
     for seed, arm in itertools.product(range(args.first_seed, args.first_seed + args.seeds), arms):
-        code = [Path(path).read_bytes() for _, path in arm.files]
+        replaced = dict(arm.files)
+        code = [Path(replaced.get(file, ROOT / file)).read_bytes() for file in CODE[args.script]] + [Path(path).read_bytes() for path in replaced.values()]
         name = f"{args.name}-{arms.index(arm)}-{digest(args.script, config, flags, arm.settings, *code)}-seed{seed}"
         source = source_folder(arm, out)
         own = [f"--{key}={value}" for key, value in arm.settings] + [f"--seed={seed}"]
         folder = ROOT / "logs" / name
         where = f"--run_id={name}" if args.script == "train_gpt.py" else f"--output_dir={folder}"
-        runs.append(Run(arm, seed, folder, [sys.executable, str(source / args.script), *flags, *own, where], out / (f"{name}.evaluation.log" if args.evaluate else f"{name}.log")))
+        check_settings([*flags, *own, where], args.script)
+        runs.append(Run(arm, seed, folder, [sys.executable, str(source / args.script), *flags, *own, where], out / f"{name}.log", evaluation and folder / evaluation))
     return arms, runs
+
+
+def check_settings(flags, script):
+    """ValueError where the script would refuse these flags: before the first run, not in each of them."""
+    if script == "train_gpt.py":
+        import train_gpt
+        from config import load_config
+        load_config(train_gpt.Config, flags, os.environ)
+    else:
+        import finetune
+        from config import load_sections
+        load_sections(finetune.Config, flags, finetune.ALIASES)
 
 
 def execute(run, args, gpus):
@@ -164,7 +182,7 @@ def execute(run, args, gpus):
                 if done.returncode:
                     return False
                 if command[1].endswith("evaluate.py"):
-                    (run.folder / "evaluation.json").write_bytes(done.stdout.strip().splitlines()[-1])
+                    run.evaluation.write_bytes(done.stdout.strip().splitlines()[-1])
         return True
     finally:
         gpus.put(gpu)
@@ -317,8 +335,8 @@ def run_grid(argv):
         raise ValueError(f"--evaluate {args.evaluate}: no such file")
     metric = args.metric or (METRIC[args.script] if not args.evaluate else "accuracy" if args.script == "finetune.py" else "startswith")
     out = ROOT / "ablations" / args.name
-    out.mkdir(parents=True, exist_ok=True)
     arms, runs = plan(args, flags, out)
+    out.mkdir(parents=True, exist_ok=True)
     left = [run for run in runs if run.result() is None]
     print(f"{len(arms)} arms x {args.seeds} seeds, {len(runs) - len(left)} runs finished, {len(left)} to do; {', '.join(arm.label for arm in arms)}", flush=True)
     gpus = queue.Queue()
@@ -331,7 +349,11 @@ def run_grid(argv):
             shown = f"{metric} {value_of(run.result(), metric):.5g}" if fine else f"FAILED, see {run.log}"
             bar.write(f"{run.arm.label}, seed {run.seed}: {shown}")
             bar.update()
-        list(pool.map(one, left))
+        try:
+            list(pool.map(one, left))
+        except BaseException:  # a metric that isn't there, or Ctrl-C: what is running ends, nothing new begins
+            pool.shutdown(cancel_futures=True)
+            raise
     rows, line = summarise(arms, runs, args.script, metric)
     table = markdown(rows, metric)
     (out / "table.md").write_text(f"{line}\n\n{table}\n\nCommand: `python ablate.py {' '.join(argv)}`\n")

@@ -2,6 +2,7 @@
 import json
 import shutil
 import statistics
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -94,14 +95,16 @@ def grid(data_path, tmp_path):
 
 
 def test_a_grid_of_real_runs(grid, tmp_path, capsys):
-    """Three arms, one of them an edited file and one that fails; stopped and continued; a seed more."""
+    """An edited file, and one that fails; stopped and continued."""
     run, out = grid
+    broken_file = tmp_path / "broken.py"
+    broken_file.write_text("raise RuntimeError('broken')")
     edited = tmp_path / "edited.py"
     edited.write_text((ROOT / "jepa.py").read_text().replace("d = 1 - (unit", "d = 3 - (unit"))
-    rows = run("--arms", f"jepa.py:{ROOT / 'jepa.py'},{edited}", "--arms", "jepa_lambda=0.5", "--arms", "jepa_layer=0,9", "--seeds", "1")
+    rows = run("--arms", f"jepa.py:{ROOT / 'jepa.py'},{broken_file},{edited}", "--arms", "jepa_lambda=0.5", "--arms", "jepa_layer=0", "--seeds", "1")
     printed = capsys.readouterr().out
-    assert "no claim is possible" in printed and printed.count("FAILED, see") == 2 and printed.strip().splitlines()[-1].startswith("result: ")
-    twin, plain, broken, changed, _ = rows
+    assert "no claim is possible" in printed and printed.count("FAILED, see") == 1 and printed.strip().splitlines()[-1].startswith("result: ")
+    twin, plain, broken, changed = rows
     assert twin["twin"] is None and broken["failed"] == 1 and broken["mean"] is None and plain["mean"] == changed["mean"]  # a constant more in the loss: the same gradients
     assert twin["mean"] != plain["mean"] and plain["paired"]["difference"] == plain["mean"] - twin["mean"]
     result = json.loads((out / "result.json").read_text())
@@ -112,7 +115,7 @@ def test_a_grid_of_real_runs(grid, tmp_path, capsys):
     assert loss(changed) == pytest.approx(loss(plain) + 2, rel=1e-5)
     before = {f: (f / "result.json").stat().st_mtime_ns for f in (ROOT / "logs").glob(f"{out.name}-*") if (f / "result.json").exists()}
     (folders[plain["arm"], True] / "result.json").unlink()  # as if stopped there
-    rows = run("--arms", f"jepa.py:{ROOT / 'jepa.py'},{edited}", "--arms", "jepa_lambda=0.5", "--arms", "jepa_layer=0,9", "--seeds", "1")
+    rows = run("--arms", f"jepa.py:{ROOT / 'jepa.py'},{broken_file},{edited}", "--arms", "jepa_lambda=0.5", "--arms", "jepa_layer=0", "--seeds", "1")
     assert rows[1]["mean"] == plain["mean"]
     after = {f: (f / "result.json").stat().st_mtime_ns for f in before}
     assert [f for f in before if before[f] != after[f]] == [folders[plain["arm"], True]]
@@ -120,6 +123,33 @@ def test_a_grid_of_real_runs(grid, tmp_path, capsys):
     picture = tmp_path / "curves.png"
     ablate.main(["plot", str(folders[plain["arm"], True]), str(folders[changed["arm"], True]), "--out", str(picture)])
     assert picture.stat().st_size > 10_000
+
+
+def test_a_run_is_another_one_where_anything_that_makes_it_is(tmp_path, monkeypatch):
+    """Settings, budget, the config's text, the project's own source; the evaluation by its file and task."""
+    monkeypatch.setattr(ablate, "check_settings", lambda flags, script: None)
+    config, test = tmp_path / "c.yaml", tmp_path / "test.jsonl"
+    config.write_text("seed: 1\n")
+    test.write_text("x")
+    def names(budget="steps=3", flags=(), task=None):
+        args = Namespace(arms=["jepa_lambda=0.1"], script=GPT, config=str(config), budget=budget, seeds=1, first_seed=1, name="n", evaluate=str(test), task=task)
+        return [(run.folder.name, run.evaluation.name) for run in ablate.plan(args, list(flags), tmp_path)[1]]
+    first = names()
+    assert first == names() and len(set(first)) == 2
+    runs = lambda found: {run for run, _ in found}
+    assert not runs(first) & runs(names(budget="steps=4")) and not runs(first) & runs(names(flags=["--num_layers=3"]))
+    assert runs(names(task="exact")) == runs(first) and names(task="exact") != first
+    config.write_text("seed: 1\nnum_layers: 2\n")
+    assert not runs(first) & runs(names())
+    config.write_text("seed: 1\n")
+    copy = tmp_path / "project"
+    copy.mkdir()
+    for file in ablate.CODE[GPT]:
+        shutil.copy(ROOT / file, copy)
+    monkeypatch.setattr(ablate, "ROOT", copy)
+    assert runs(names()) == runs(first)
+    (copy / "model.py").write_text("# edited\n")
+    assert not runs(first) & runs(names())
 
 
 def test_table_and_summary_of_known_values(tmp_path, monkeypatch):
@@ -146,6 +176,8 @@ def test_table_and_summary_of_known_values(tmp_path, monkeypatch):
 
 def test_misuse_is_one_line(tmp_path):
     for flags, message in [(["--arms", "JEPA_LAMBDA=0.1", "--seeds", "0"], "--seeds 0"), (["--arms", "JEPA_LAMBDA=0.1", "--config", "no.yaml"], "no.yaml: no such file"),
+                           (["--arms", "JEPA_LAYER=9"], "JEPA_LAYER=9: must be -1"), (["--arms", "JEPA_LAMDA=0.1"], "unknown argument --jepa_lamda=0.1; did you mean jepa_lambda"),
+                           (["--arms", "JEPA_LAMBDA=0.1", "--num_layer", "3"], "unknown argument --num_layer"), (["--arms", "lbbd=0.1", "--script", "finetune.py"], "did you mean lbd"),
                            (["plot", str(tmp_path)], "no metrics.jsonl in it")]:
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             ablate.main(flags)

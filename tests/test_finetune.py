@@ -607,6 +607,19 @@ def test_documented_keys_have_their_defaults():
             assert origin[f"{section}.{key}"] == "default"
 
 
+def test_readme_table_is_the_config():
+    rows = {}
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if match := re.match(r"\| `([a-z_]+\.[a-z_0-9]+)` \| (.*?) \| (.*) \|$", line):
+            rows[match[1]] = match[2], match[3]
+    fields = {f"{s}.{f.name}": f for s, kind in finetune.Config.__annotations__.items() for f in kind.__dataclass_fields__.values()}
+    assert rows.keys() == fields.keys()
+    for key, f in fields.items():
+        default = str(f.default).lower() if f.type is bool else str(f.default)
+        assert rows[key] == (f"`{default}`" if default else "", f.metadata["doc"]), key
+    assert all(f"`--{alias}` for `{key}`" in (ROOT / "README.md").read_text() for alias, key in finetune.ALIASES.items())
+
+
 COMMANDS = [  # the example commands of seeds/003 and the options of seeds/001, after the script's name
     "--regular --lora", "--predictors 2 --lbd 0.5 --lora", "--step_jepa --predictors 2 --lbd 0.1 --lora",
     "--step_jepa --lbd 0.1 --gamma 1.0 --last_token -2 --lora --lora_rank 16 --finetune_seed 42", "--predictors 2 --lbd 0.5 --gamma 1.0 --last_token -2 --lora --finetune_seed 42",
