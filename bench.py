@@ -3,10 +3,11 @@
     python bench.py [--rounds 20] [any flag of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
     python bench.py [--rounds 20] --finetune [any flag of finetune.py, e.g. --config configs/finetune_example.yaml]
 
-Text. Variants: off (no JEPA term, compiled), span (with it, compiled), off again (the same as off: what noise alone does to a
-ratio), eager (no term, not compiled). A ratio is the median over the rounds of the two step times in one round. The share
-of the matmul peak counts the model's own matrix work (GPT.flops), not the optimizer's, over the best of interleaved large
-products of the same dtype, and of bfloat16. JEPA_LAMBDA is 0.1 where it isn't set.
+Text. Variants, compiled: off (no JEPA term), span (JEPA_UPDATE=coupled), decoupled (with its own pass over JEPA_ROWS_FRAC of the
+rows, and its own optimizer), off again (the same as off: what noise alone does to a ratio); eager (no term, not compiled). A
+ratio is the median over the rounds of the two step times in one round. The share of the matmul peak counts the model's own
+matrix work (GPT.flops), not the optimizer's, over the best of interleaved large products of the same dtype, and of bfloat16.
+JEPA_LAMBDA is 0.1 where it isn't set.
 
 Pairs (DATA_PATH of data/pairs.py). Forward and backward of the examples of the first step, without the optimizer, all of them
 compiled (or none, COMPILE=0):
@@ -19,6 +20,7 @@ fine-tuning scripts do it, three passes over padded rows with the hidden states 
 the batch's longest sequence and to max_length; packed without the term. Rounds take one micro-batch after the other.
 """
 import argparse
+import dataclasses
 import os
 import statistics
 import sys
@@ -249,13 +251,14 @@ def main():
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
     compiled = torch.compile(train_gpt.training_loss, fullgraph=True, dynamic=False)
-    optimizers = train_gpt.build_optimizers(model, cfg)
-    variants = {"off": (compiled, None), "span": (compiled, cfg.jepa_lambda), "off again": (compiled, None), "eager": (train_gpt.training_loss, None)}
+    coupled, decoupled = (dataclasses.replace(cfg, jepa_update=update) for update in ("coupled", "decoupled"))
+    updates = train_gpt.build_updates(model, decoupled)
+    variants = {"off": (compiled, coupled, None), "span": (compiled, coupled, cfg.jepa_lambda), "decoupled": (compiled, decoupled, cfg.jepa_lambda),
+                "off again": (compiled, coupled, None), "eager": (train_gpt.training_loss, coupled, None)}
 
     def step(name):
-        loss_fn, weight = variants[name]
-        train_gpt.accumulate_gradients(model, loss_fn, cfg, data, share, len(peaks[torch.bfloat16]), weight)
-        train_gpt.apply_gradients(optimizers, 0.0, cfg)
+        loss_fn, own, weight = variants[name]
+        train_gpt.training_step(model, loss_fn, updates, own, data, share, len(peaks[torch.bfloat16]), 0.0, weight)
 
     def matmul(dtype, n=MATMUL_SIZE[device.type]):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -264,9 +267,9 @@ def main():
 
     peaks = {model.config.dtype: [], torch.bfloat16: []}
     seconds = interleave(step, variants, own.rounds, device, lambda: [peaks[dtype].append(matmul(dtype)) for dtype in peaks])
-    tensors = list(model.parameters()) + [t for o in optimizers for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
-    persistent = sum(t.numel() * t.element_size() for t in tensors)
-    memory = {name: peak_memory(lambda: step(name), device, persistent) for name in variants}
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
+    weights, (state, of_term) = size(model.parameters()), [sum(size(s.values()) for o in optimizers for s in o.state.values()) for optimizers in updates]
+    memory = {name: peak_memory(lambda: step(name), device, weights + state + of_term) - (of_term if name != "decoupled" else 0) for name in variants}
 
     T = cfg.train_seq_len
     flops = model.flops(cfg.train_batch_tokens, cfg.train_batch_tokens * (T + 1) // 2) / world_size
@@ -280,7 +283,7 @@ def main():
         s = statistics.median(seconds[name])
         print(f"{name:10} {1000 * s:9.1f} {cfg.train_batch_tokens / s:10.0f} {flops / s / peak[model.config.dtype]:14.1%} "
               f"{flops / s / peak[torch.bfloat16]:13.1%} {memory[name] / 2**20:10.1f} {ratio(name):9.3f} {memory[name] / memory['off']:11.3f}")
-    print(f"result: span/off time {ratio('span'):.3f} memory {memory['span'] / memory['off']:.3f}, off/off time {ratio('off again'):.3f}, "
+    print(f"result: span/off time {ratio('span'):.3f} memory {memory['span'] / memory['off']:.3f}, decoupled/off time {ratio('decoupled'):.3f}, off/off time {ratio('off again'):.3f}, "
           f"compiled/eager time {1 / ratio('eager'):.3f}")
 
 

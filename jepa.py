@@ -10,6 +10,8 @@
 | the distance between them                   | distance                | JEPA_DISTANCE                                   |
 | which differences are rounding error        | noise_floor             |                                                 |
 | the weight over the run                     | jepa_weight, keeps_term | JEPA_LAMBDA, JEPA_START_FRAC, JEPA_END_FRAC, JEPA_WARMUP_FRAC, JEPA_RATIO |
+| how its gradient moves the weights          | training_step in train_gpt.py | JEPA_UPDATE, JEPA_ROWS_FRAC               |
+| what is measured of it                      | state_statistics, diagnostic_warnings | DIAG_EVERY                        |
 
 Nothing here knows a model, and nothing but *_views, noise_floor and distance runs inside the compiled graph.
 Shapes: B rows, T tokens, D width, S spans a row, N pairs of a micro-batch.
@@ -279,6 +281,31 @@ def distance(u, v, kind, weight=None, floor=None, group=None):
         else:
             raise ValueError(f"JEPA_DISTANCE={kind!r} is none of {', '.join(DISTANCES)}")
         return d.mean() if weight is None else (d * weight.flatten()).sum()
+
+
+def state_statistics(h, counted):
+    """Geometry of states h (B, T, D) where counted (B, T) says so, a dict of floats.
+
+    effective_rank: exp of the entropy of the singular values' shares, 1 to D (Roy & Vetterli 2007; RankMe, arXiv 2210.02885);
+    state_cosine: mean cosine of two different states; curvature: mean of 1 - cos of one step of the trajectory and the next,
+    0 on a straight line, 1.5 for independent states.
+    """
+    x = h[counted][:4096].double()
+    singular = torch.linalg.eigvalsh(x.mT @ x).clamp(min=0).sqrt()
+    share = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
+    total, n = F.normalize(x, dim=-1).sum(0), len(x)
+    step = h.double().diff(dim=1)
+    straight = F.cosine_similarity(step[:, 1:], step[:, :-1], dim=-1)[counted[:, 2:] & counted[:, 1:-1] & counted[:, :-2]]
+    return {"effective_rank": torch.special.entr(share).sum().exp().item(), "state_cosine": ((total @ total - n) / max(1, n * (n - 1))).item(),
+            "curvature": (1 - straight.mean()).item()}
+
+
+def diagnostic_warnings(found, width):
+    """Plain words for diagnostics that look like a collapse."""
+    if found["effective_rank"] < 0.1 * width:
+        yield f"the compared states have effective rank {found['effective_rank']:.1f}, under 10% of the width {width}: they collapse"
+    if abs(found["jepa_matched"] - found["jepa_shuffled"]) <= 0.01 * abs(found["jepa_shuffled"]):
+        yield f"the term is {found['jepa_matched']:.4f} for matched views and {found['jepa_shuffled']:.4f} for shuffled ones: it doesn't tell them apart"
 
 
 def jepa_weight(progress, jepa_lambda, start_frac=0.0, end_frac=1.0, warmup_frac=0.0):

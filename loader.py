@@ -7,6 +7,7 @@ Shapes: R rows of a micro-batch, T tokens, S spans a row, N pairs of a micro-bat
 import bisect
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -64,6 +65,7 @@ class Shards:
         if both := set(files["train"]) & set(files["val"]):
             raise ValueError(f"{min(both)}: both *_train_* and *_val_* fit its name; rename it")
         shards = self.meta["shards"] if self.meta else {}
+        self.sha256 = hashlib.sha256("".join(shards[name]["sha256"] for name in sorted(shards)).encode()).hexdigest() if shards else None
         if self.meta and (odd := {f.name for found in files.values() for f in found} ^ set(shards)):
             raise ValueError(f"{self.folder / 'meta.json'} and the shards beside it disagree on {', '.join(sorted(odd))}; make the data again")
         self.train, self.val = ([read_shard(f) for f in files[split]] for split in ("train", "val"))
@@ -93,6 +95,12 @@ class Shards:
         known = len(self.bytes_per_token) if tokenizer else self.cfg.vocab_size or -(-(largest + 1) // 64) * 64
         self.vocab_size = self.cfg.vocab_size or known
         self.known_size = min(known, self.vocab_size)  # ids from here on never occur
+
+
+def spread(count, total):
+    """Which of `total` places are chosen, booleans: `count` of them, evenly spread."""
+    places = np.arange(total + 1) * count // total
+    return places[1:] > places[:-1]
 
 
 class TokenData(Shards):
@@ -133,15 +141,23 @@ class TokenData(Shards):
         out = torch.from_numpy(out)
         return out[:, :-1].contiguous(), out[:, 1:].contiguous()
 
-    def load(self, step, share, term):
+    def load(self, step, share, term, fraction=1.0):
         """This rank's micro-batches of a step, a list of Batch, with the term's views or without; and what the whole step
-        costs, all ranks: (tokens, visible (query, key) pairs), for GPT.flops."""
+        costs, all ranks: (tokens, visible (query, key) pairs), for GPT.flops. fraction: of the rows, evenly spread over the
+        global batch, so that the term's own pass depends on neither ranks nor accumulation."""
         T = self.cfg.train_seq_len
+        chosen = spread(max(1, round(fraction * share.rows)), share.rows)
         idx, targets = self.batch(step, share.rows, share.first_row, share.local_rows)
-        spans = draw_spans(self.cfg, self, share, step, idx) if term else ()
-        batches = [Batch(i, t, share.rows * T, views=tuple(views) or None)
-                   for i, t, *views in zip(*(x.split(share.micro_rows) for x in (idx, targets, *spans)))]
-        return batches, (share.rows * T, share.rows * T * (T + 1) // 2)
+        parts = [idx, targets, *(draw_spans(self.cfg, self, share, step, idx, chosen) if term else ())]
+        kept = -(-share.micro_rows * int(chosen.sum()) // share.rows)  # rows of a micro-batch: at most so many are chosen
+        if kept < share.micro_rows:  # the chosen rows first; what is behind them has weight 0
+            own = torch.from_numpy(chosen[share.first_row:share.first_row + share.local_rows]).view(-1, share.micro_rows)
+            order = own.int().argsort(dim=1, descending=True, stable=True)[:, :kept]
+            rows = (order + torch.arange(len(own))[:, None] * share.micro_rows).flatten()
+            parts = [x[rows] for x in parts]
+        batches = [Batch(i, t, share.rows * T, views=tuple(views) or None) for i, t, *views in zip(*(x.split(kept) for x in parts))]
+        tokens = share.rows // share.micro_rows * kept * T
+        return batches, (tokens, tokens * (T + 1) // 2)
 
     def val_windows(self):
         """Yield idx, targets (T,) that score every token of the val split but each shard's first exactly once.
@@ -175,15 +191,17 @@ class TokenData(Shards):
                                                                      torch.nn.functional.pad(targets, (0, 0, 0, missing), value=-1))
 
 
-def draw_spans(cfg, data, share, step, idx):
-    """Spans of this rank's rows idx: a, b, start, end and weight, each (local rows, S), the weight being 1 / spans of the
-    global batch, or 0.
+def draw_spans(cfg, data, share, step, idx, chosen=None):
+    """Spans of this rank's rows idx: a, b, start, end and weight, each (local rows, S), the weight being 1 / spans in the
+    chosen rows (all) of the global batch, or 0. chosen: booleans (rows,).
 
     Their generator is seeded by seed and step alone, so a run that starts the term late draws the same.
     """
     *positions, weight = jepa.sample_spans(
         idx, span_generator(cfg.seed, step), spans=cfg.jepa_spans, max_span_frac=cfg.jepa_max_span_frac,
         doc_token=data.doc_token if cfg.jepa_doc else None, total_rows=share.rows, first_row=share.first_row)
+    if chosen is not None:
+        weight = weight * torch.from_numpy(chosen[share.first_row:share.first_row + share.local_rows])[:, None]
     count = weight.sum()
     if share.world_size > 1:
         dist.all_reduce(count)  # a CPU tensor: over gloo, so the GPU is not waited for
@@ -351,21 +369,25 @@ class PairData(Shards):
         return jepa.lay_out(views, paired=self.paired, marker=self.doc_token, separator=self.separator, preds=self.preds,
                             front=cfg.jepa_pred_position == "front", reverse=cfg.jepa_reverse, target_only=cfg.loss_on == "target", term=term)
 
-    def load(self, step, share, term):
+    def load(self, step, share, term, fraction=1.0):
         """As TokenData.load: here every rank packs the whole step, and fills its own micro-batches, one of the ranks in turn.
-        The next step is packed in a thread meanwhile."""
-        asked = step, share, term
+        The next call's is packed in a thread meanwhile. fraction: of the examples."""
+        asked = step, share, term, fraction
         ready = self.ahead[1].result() if self.ahead else None
         result = ready if self.ahead and self.ahead[0] == asked else self.pack_step(*asked)
-        kept = bool(self.cfg.jepa_lambda) and jepa.keeps_term(self.cfg.seed, step + 1, self.cfg.jepa_ratio)
-        asked = step + 1, share, term if self.cfg.jepa_ratio == 1 else kept  # a guess: at worst it is packed again
+        cfg, kept = self.cfg, lambda n: bool(self.cfg.jepa_lambda) and jepa.keeps_term(self.cfg.seed, n, self.cfg.jepa_ratio)
+        if cfg.jepa_update == "coupled":  # a guess: at worst it is packed again
+            asked = step + 1, share, term if cfg.jepa_ratio == 1 else kept(step + 1), 1.0
+        else:  # a step without the term, then the term's own pass
+            asked = (step, share, True, cfg.jepa_rows_frac) if not term and kept(step) else (step + 1, share, False, 1.0)
         self.ahead = asked, self.thread.submit(self.pack_step, *asked)
         return result
 
-    def pack_step(self, step, share, term):
+    def pack_step(self, step, share, term, fraction):
         """What load returns; a function of its arguments alone."""
         cfg, T = self.cfg, self.cfg.train_seq_len
-        pair, chosen = term and cfg.jepa_objective == "pair", self.examples_of(step)
+        pair, chosen = term and cfg.jepa_objective == "pair", np.array(self.examples_of(step))
+        chosen = chosen[spread(max(1, round(fraction * len(chosen))), len(chosen))].tolist()
         examples = [self.lay_out(self.sets["train"].views(e), pair) for e in chosen]
         placed = jepa.pack(examples, share.micro_rows, T)
         batches, cost = self.fill(examples, placed, share)
@@ -476,6 +498,6 @@ def open_data(cfg):
             dist.barrier()
     meta = read_meta(folder)
     paired = meta is not None and meta.get("kind") in ("pairs", "groups")
-    if cfg.jepa_lambda and cfg.jepa_objective == "pair" and not paired:
+    if (cfg.jepa_lambda or cfg.diag_every) and cfg.jepa_objective == "pair" and not paired:
         raise ValueError(f"JEPA_OBJECTIVE=pair: {cfg.data_path} holds text; it needs pairs or groups of texts, made by data/pairs.py or data/nlregex.py")
     return (PairData if paired else TokenData)(cfg, folder, local_rank, local_world_size)

@@ -29,6 +29,7 @@ from model import GPT, GPTConfig, Linear, norm, tree_mask
 from weights import dequantize, load_weights, quantize, to_safetensors
 
 ROOT = Path(__file__).resolve().parent
+DIAG_STEPS = 8  # steps whose first micro-batches the diagnostics look at
 SOURCES = ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "data/shards.py")  # logged, and counted in the artifact
 
 # ----------------------------------------------------------------------------------------------------------- config
@@ -63,6 +64,8 @@ class Config:
     tie_embeddings: bool = knob(False, "1: the output head is the embedding; saves vocab_size x model_dim parameters")
     value_embed: bool = knob(True, "1: the values of every block add a second embedding of the token; vocab_size x key/value width parameters, up to 7% of a step")
     # optimizer
+    optimizer: str = knob("muon", "muon: Muon for the blocks' matrices, Adam for the rest; adamw: AdamW for the matrices too")
+    adamw_lr: float = knob(0.003, "AdamW learning rate of the blocks' matrices where OPTIMIZER=adamw", 0)
     matrix_lr: float = knob(0.04, "Muon learning rate of the blocks' matrices", 0)
     embed_lr: float = knob(0.6, "Adam learning rate of the embeddings", 0)
     head_lr: float = knob(0.008, "Adam learning rate of the output head", 0)
@@ -72,6 +75,9 @@ class Config:
     warmdown_frac: float = knob(0.5, "the last fraction of the run, over which learning rates fall to zero", 0, 1)
     # JEPA
     jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time", 0)
+    jepa_update: str = knob("coupled", "coupled: the term is added to the loss; decoupled: its gradient has an optimizer of its own, and lambda is the size of "
+                            "its update relative to the cross entropy's; costs a second graph, optimizer state and pass over JEPA_ROWS_FRAC of the rows")
+    jepa_rows_frac: float = knob(0.25, "JEPA_UPDATE=decoupled: fraction of the rows (of pairs data, of the examples) that the term's own pass encodes; time grows with it", 0, 1)
     jepa_objective: str = knob("span", "span: inside a row or document; pair: the two texts of a pair, or neighbours in a group")
     jepa_gamma: float = knob(1.0, "weight of the cross entropy where JEPA_LAMBDA is above 0", 0)
     jepa_ratio: float = knob(1.0, "chance that a step computes the term; a step without it costs a plain one. Below 1 costs a second training graph", 0, 1)
@@ -89,6 +95,7 @@ class Config:
     jepa_reverse: bool = knob(False, "pair: 1: the second text predicts the first")
     jepa_predictor: str = knob("identity", "pair: linear: a trained model_dim x model_dim matrix on view A")
     # evaluation and logs
+    diag_every: int = knob(0, "steps between diagnostics of the term, off the clock: gradients, rank of the states, shuffled views; each costs about ten steps; 0: none", 0)
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end", 0)
     eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost", 0)
     train_log_every: int = knob(20, "steps between train_loss lines; costs nothing", 1)
@@ -108,6 +115,9 @@ class Config:
                 ("jepa_distance", self.jepa_distance not in jepa.DISTANCES, f"must be one of {', '.join(jepa.DISTANCES)}"),
                 ("jepa_objective", self.jepa_objective not in ("span", "pair"), "must be span or pair"),
                 ("jepa_ratio", self.jepa_ratio == 0, "must be above 0; without the term at all it is JEPA_LAMBDA=0"),
+                ("optimizer", self.optimizer not in ("muon", "adamw"), "must be muon or adamw"),
+                ("jepa_update", self.jepa_update not in ("coupled", "decoupled"), "must be coupled or decoupled"),
+                ("jepa_rows_frac", self.jepa_rows_frac == 0, "must be above 0"),
                 ("jepa_pred_position", self.jepa_pred_position not in ("end", "front"), "must be end or front"),
                 ("jepa_predictor", self.jepa_predictor not in ("identity", "linear"), "must be identity or linear"),
                 ("jepa_predictor", self.jepa_lambda and self.jepa_predictor == "linear" and self.jepa_objective == "span", "needs JEPA_OBJECTIVE=pair"),
@@ -159,9 +169,9 @@ class Muon(torch.optim.Optimizer):
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
             for params in group["stacks"]:
-                if params[0].grad is None:  # the predictor's, in a step without the term
+                if all(p.grad is None for p in params):  # the predictor's, in a step without the term
                     continue
-                grad = torch.stack([p.grad for p in params])
+                grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])  # none behind a tapped layer
                 if world_size > 1:
                     dist.all_reduce(grad)
                 state = self.state[params[0]]
@@ -182,7 +192,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def build_optimizers(model, cfg):
-    """[Muon for the matrices of blocks and predictor, Adam for the rest]; every parameter of the model is in exactly one group."""
+    """The optimizers of one gradient: [Muon for the matrices of blocks and predictor, Adam for the rest], or [AdamW]; every parameter
+    of the model is in exactly one group. term_only: its learning rate doesn't fall with lambda, since no other update trains it."""
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     predictor = [] if model.predictor is None else [model.predictor.weight]
     embeds, heads, values = ([] if m is None else [m.weight] for m in (model.embed, model.head, model.value_embed))
@@ -193,9 +204,11 @@ def build_optimizers(model, cfg):
     groups = [dict(params=params, lr=lr, initial_lr=lr, eps=eps) for params, lr, eps in (
         (embeds, cfg.embed_lr if heads else cfg.tied_embed_lr, 1e-10), (values, cfg.embed_lr, 1e-10), (heads, cfg.head_lr, 1e-10),
         (scalars, cfg.scalar_lr, 1e-6)) if params]
-    adam = torch.optim.Adam(groups, betas=(0.8, 0.95), fused=True)
-    muon = [dict(params=params) for params in (matrices, predictor) if params]
-    return [Muon(muon, cfg.matrix_lr, cfg.muon_momentum, model.config.dtype), adam]
+    blocks = [dict(params=params, term_only=params is predictor) for params in (matrices, predictor) if params]
+    if cfg.optimizer == "adamw":  # weight decay and betas of nanoGPT
+        blocks = [group | dict(lr=cfg.adamw_lr, initial_lr=cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1) for group in blocks]
+        return [torch.optim.AdamW(groups + blocks, betas=(0.8, 0.95), weight_decay=0.0, fused=True)]
+    return [Muon(blocks, cfg.matrix_lr, cfg.muon_momentum, model.config.dtype), torch.optim.Adam(groups, betas=(0.8, 0.95), fused=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- training step
@@ -227,29 +240,35 @@ def divide_batch(cfg, rank, world_size, device, least=1):
     return Share(rank, world_size, device, rows, local, rank * local, local // accum)
 
 
-def training_loss(model, cfg, batch, jepa_lambda=None, views_only=False):
+def training_loss(model, cfg, batch, jepa_lambda=None, part="all"):
     """gamma * CE + lambda * JEPA of one micro-batch: what is compiled, one graph without the term and one with it.
 
     batch: a loader.Batch. Its num_targets and the weights in its views are of the global batch, so that micro-batches and
     ranks add up to its means. jepa_lambda: 0-dim tensor; views None: no term, and not a trace of it in the graph.
     Returns (CE,), or (gamma * CE + lambda * JEPA, CE, JEPA), the last two detached; without the term CE times gamma too.
-    views_only: what jepa_views returns instead, for share_infonce.
+    part: "term": (JEPA,) alone, for the decoupled update; "views": what jepa_views returns, for share_infonce.
     """
     mask = None if batch.ends is None else tree_mask(batch.ends)
     x, h = model._run_blocks(batch.idx, cfg.jepa_layer, batch.positions, mask)
-    if views_only:
+    if part == "views":
         return jepa_views(model, cfg, h, batch.views)
+    if part == "term":
+        return (jepa_term(model, cfg, h, batch),)
     ce = model.cross_entropy(x, batch.targets) / batch.num_targets
     gamma = cfg.jepa_gamma if cfg.jepa_lambda else 1.0
     loss = ce if gamma == 1 else gamma * ce
     if batch.views is None:
         return (loss,) if gamma == 1 else (loss, ce.detach())
+    term = jepa_term(model, cfg, h, batch)
+    return loss + jepa_lambda * term, ce.detach(), term.detach()
+
+
+def jepa_term(model, cfg, h, batch):
+    """The JEPA term of one micro-batch with the tapped states h (B, T, D)."""
     u, v, weight, floor, _ = jepa_views(model, cfg, h, batch.views)
     if batch.pull is None:
-        term = jepa.distance(u, v, cfg.jepa_distance, weight, floor)
-    else:  # its gradient is that of the whole step's term, its value means nothing
-        term = (u * batch.pull[0] + v * batch.pull[1]).sum()
-    return loss + jepa_lambda * term, ce.detach(), term.detach()
+        return jepa.distance(u, v, cfg.jepa_distance, weight, floor)
+    return (u * batch.pull[0] + v * batch.pull[1]).sum()  # its gradient is that of the whole step's term, its value means nothing
 
 
 def jepa_views(model, cfg, h, views):
@@ -272,7 +291,7 @@ def share_infonce(model, loss_fn, cfg, batches, share):
     however it is divided; it costs one more forward pass. Source: gradient caching, arXiv 2101.06983.
     """
     with torch.no_grad():
-        collected = zip(*(loss_fn(model, cfg, batch, views_only=True) for batch in batches))
+        collected = zip(*(loss_fn(model, cfg, batch, part="views") for batch in batches))
         own = [None if parts[0] is None else torch.stack(parts) for parts in collected]
         u, v, *others = (None if t is None else t[None] if share.world_size == 1 else torch.stack(gather_ranks(t)) for t in own)
         kept = others[0].flatten().nonzero()[:, 0]  # most places are empty, and the matrix of cosines is their square
@@ -293,42 +312,104 @@ def gather_ranks(tensor):
     return parts
 
 
-def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda):
+def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, part="all", fraction=1.0):
     """Forward and backward of this rank's share of a step; gradients are left in .grad, to be summed over the ranks.
 
-    loss_fn: training_loss, compiled or not. jepa_lambda: float, or None for no term. Returns the global mean losses,
-    a tensor (CE,) or (CE, JEPA) on the device, and the FLOPs of the step over all ranks.
+    loss_fn: training_loss, compiled or not. jepa_lambda: float, or None for no term. part: "all", or "term" for the term
+    alone, of weight 1, on this fraction of the rows. Returns the global mean losses, a tensor (CE,), (CE, JEPA) or (JEPA,)
+    on the device, and the FLOPs over all ranks.
     """
     term = jepa_lambda is not None
-    batches, cost = data.load(step, share, term)
+    batches, cost = data.load(step, share, term, fraction)
     batches = [batch.to(share.device) for batch in batches]
     weight = torch.full((), jepa_lambda, device=share.device) if term else None  # a fill: a copy from the host would wait for the GPU
     infonce = share_infonce(model, loss_fn, cfg, batches, share) if term and cfg.jepa_distance == "infonce" else None
     losses = 0
     for batch in batches:
-        loss, *terms = loss_fn(model, cfg, batch, weight)
+        loss, *terms = loss_fn(model, cfg, batch, weight, part)
         loss.backward()
         losses += torch.stack(terms or [loss.detach()])
     if share.world_size > 1:
         dist.all_reduce(losses)
     if infonce is not None:
-        losses[1] = infonce
-    return losses, model.flops(*cost) + (model.flops(*cost, head=False) / 3 if infonce is not None else 0)
+        losses[-1] = infonce
+    return losses, model.flops(*cost, head=part == "all") + (model.flops(*cost, head=False) / 3 if infonce is not None else 0)
 
 
-def apply_gradients(optimizers, progress, cfg):
-    """One optimizer step with the learning rates of this moment of the run; clears the gradients."""
-    muon, adam = optimizers
-    if dist.is_initialized():
-        for group in adam.param_groups:
-            for p in group["params"]:
-                dist.all_reduce(p.grad)
+def apply_gradients(optimizers, progress, cfg, weight=1.0):
+    """One step of the optimizers of a gradient, with weight times the learning rates of this moment of the run; clears it."""
     warmdown = min(1.0, (1 - progress) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * warmdown
+            group["lr"] = group["initial_lr"] * warmdown * (1.0 if group.get("term_only") else weight)
+            if dist.is_initialized() and not isinstance(optimizer, Muon):
+                for p in group["params"]:
+                    if p.grad is not None:
+                        dist.all_reduce(p.grad)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def build_updates(model, cfg):
+    """What training_step moves the weights by: the optimizers of the loss, and with JEPA_UPDATE=decoupled those of the term."""
+    return [build_optimizers(model, cfg) for _ in range(2 if cfg.jepa_lambda and cfg.jepa_update == "decoupled" else 1)]
+
+
+def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_lambda):
+    """One step of the run: losses and FLOPs as accumulate_gradients returns them.
+
+    Decoupled: the step of a run without the term, and then one of the term alone, with momentum and normalisation of its
+    own. In Muon's buffer even a weak gradient becomes a full-size update, since orthogonalising lifts every direction to
+    the same length; here its size is lambda's. Like AdamW's weight decay, but one after the other, so that one gradient is held.
+    """
+    decoupled = cfg.jepa_update == "decoupled" and jepa_lambda is not None
+    losses, flops = accumulate_gradients(model, loss_fn, cfg, data, share, step, None if decoupled else jepa_lambda)
+    apply_gradients(updates[0], progress, cfg)
+    if decoupled:
+        term, more = accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, "term", cfg.jepa_rows_frac)
+        apply_gradients(updates[1], progress, cfg, jepa_lambda)
+        losses, flops = torch.cat((losses, term)), flops + more
+    return losses, flops
+
+
+# ------------------------------------------------------------------------------------------------------ diagnostics
+
+
+def diagnose(model, loss_fn, cfg, data, share, step):
+    """What the term does at these weights, a dict of numbers; the run goes on as if it had not been asked.
+
+    grad_ratio, grad_cosine: norm of the weighted term's gradient over that of the cross entropy, and their cosine, over the
+    whole step. Of the first micro-batches of DIAG_STEPS steps: jepa_matched, jepa_shuffled (each view with that of another
+    pair or span), jepa_independent (the term of random states), and jepa.state_statistics of the states compared.
+    """
+    gradients = []
+    for part, weight in (("all", None), ("term", cfg.jepa_lambda)):
+        accumulate_gradients(model, loss_fn, cfg, data, share, step, weight, part)
+        gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
+        model.zero_grad()
+        if share.world_size > 1:
+            for g in gradients[-1]:
+                dist.all_reduce(g)
+    dot = lambda a, b: sum((x.double() * y.double()).sum().item() for x, y in zip(a, b))
+    ce, term = gradients
+    lengths = [dot(g, g) ** 0.5 or math.inf for g in gradients]  # a gradient of zero: ratio and cosine 0
+    found = {"grad_ratio": cfg.jepa_lambda * dot(term, term) ** 0.5 / lengths[0], "grad_cosine": dot(ce, term) / lengths[0] / lengths[1]}
+
+    own, independent, generator = [], [], torch.Generator().manual_seed(cfg.seed)
+    with torch.no_grad():
+        for n in range(DIAG_STEPS):
+            batch = data.load(step + n, share, True)[0][0].to(share.device)
+            _, h = model._run_blocks(batch.idx, cfg.jepa_layer, batch.positions, None if batch.ends is None else tree_mask(batch.ends))
+            if n == 0:
+                found |= jepa.state_statistics(h, batch.idx != data.doc_token)
+            noise = torch.randn(h.shape, generator=generator).to(h) * h.float().square().mean().sqrt().to(h)
+            for views, states in ((own, h), (independent, noise)):
+                u, v, weight, floor, _ = jepa_views(model, cfg, states, batch.views)
+                kept = weight.flatten() > 0
+                views.append([t.flatten(0, -2)[kept] for t in (u, v)] + [torch.zeros(int(kept.sum())).to(u) if floor is None else floor.flatten()[kept]])
+        u, v, floor = map(torch.cat, zip(*own))
+        terms = {"matched": (u, v, floor), "shuffled": (u, v.roll(len(v) // 2, 0), floor), "independent": tuple(map(torch.cat, zip(*independent)))}
+    return found | {f"jepa_{name}": jepa.distance(u, v, cfg.jepa_distance, floor=floor).item() for name, (u, v, floor) in terms.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -474,6 +555,8 @@ def needed_graphs(cfg):
     """The training graphs a run will need, as values of jepa_lambda: None for plain, and lambda with the term; in one order on all ranks."""
     on = {jepa.jepa_weight(p, cfg.jepa_lambda, cfg.jepa_start_frac, cfg.jepa_end_frac) is not None
           for p in (0.0, cfg.jepa_start_frac, cfg.jepa_end_frac) if p < 1} | ({False} if cfg.jepa_ratio < 1 else set())
+    if cfg.jepa_update == "decoupled" and True in on:
+        on.add(False)
     return [cfg.jepa_lambda if term else None for term in sorted(on)]
 
 
@@ -483,8 +566,9 @@ def warm_up(model, loss_fn, cfg, data, share):
     before = {name: w.clone() for name, w in model.state_dict().items()}
     try:
         for weight in needed_graphs(cfg):
-            accumulate_gradients(model, loss_fn, cfg, data, share, 0, weight)
-            apply_gradients(build_optimizers(model, cfg), 0.0, cfg)
+            training_step(model, loss_fn, build_updates(model, cfg), cfg, data, share, 0, 0.0, weight)
+        if cfg.diag_every:
+            diagnose(model, loss_fn, cfg, data, share, 0)
     finally:
         model.load_state_dict(before)
         model.zero_grad()
@@ -493,7 +577,7 @@ def warm_up(model, loss_fn, cfg, data, share):
 def train(model, loss_fn, eval_fn, cfg, data, share, log):
     """Train to the end of the run and return its results: steps, train_seconds, val_loss, val_bpb and, with
     TARGET_VAL_LOSS, time_to_target. ValueError where the loss is no longer finite."""
-    optimizers = build_optimizers(model, cfg)
+    updates = build_updates(model, cfg)
     clock, step, flops, pending, reported, result = Clock(share.device), 0, 0.0, None, 0, {"time_to_target": None}
     if share.world_size > 1:
         dist.barrier()  # all have compiled: the clock is nobody's waiting
@@ -513,6 +597,13 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log):
     while True:
         progress = run_progress(cfg, step, flops, clock, share)
         done = progress >= 1
+        if cfg.diag_every and (done or step % cfg.diag_every == 0):
+            clock.stop()
+            found = diagnose(model, loss_fn, cfg, data, share, step)
+            log.metrics(step, clock.passed, found)
+            for warning in jepa.diagnostic_warnings(found, cfg.model_dim):
+                log.line(f"warning: step {step}: {warning}")
+            clock.start()
         if done or (cfg.val_loss_every and step and step % cfg.val_loss_every == 0):
             if pending:
                 settle(pending)
@@ -528,13 +619,12 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log):
             if done:
                 return result | {"steps": step, "train_seconds": clock.passed, "train_flops": flops, "val_loss": val_loss, "val_bpb": val_bpb}
             clock.start()
-        losses, step_flops = accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_schedule(cfg, progress, step))
+        losses, step_flops = training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_schedule(cfg, progress, step))
         copied = None
         if share.device.type == "cuda":
             losses = torch.empty(losses.shape, pin_memory=True).copy_(losses, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
-        apply_gradients(optimizers, progress, cfg)
         step, flops = step + 1, flops + step_flops
         if pending:
             settle(pending)
@@ -629,7 +719,7 @@ def run(cfg, origin, warnings):
         torch.cuda.reset_peak_memory_stats()
 
     try:
-        result = train(model, loss_fn, eval_fn, cfg, data, share, log)
+        result = train(model, loss_fn, eval_fn, cfg, data, share, log) | {"data_sha256": data.sha256}
     except ValueError as e:
         log.note(f"error: {e}")
         raise

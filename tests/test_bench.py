@@ -35,7 +35,7 @@ def test_bench_prints_its_table(data_path):
                           capture_output=True, text=True, timeout=400, env={**os.environ})
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert [line.split("  ")[0].strip() for line in lines[-5:-1]] == ["off", "span", "off again", "eager"]
+    assert [line.split("  ")[0].strip() for line in lines[-6:-1]] == ["off", "span", "decoupled", "off again", "eager"]
     assert lines[-1].startswith("result: span/off time ") and "compiled/eager time" in lines[-1]
 
 

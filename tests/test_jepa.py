@@ -2,6 +2,7 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -224,3 +225,31 @@ def test_independent_states_give_1_707():
     inside = ((spans[0] - 1 > spans[2]) & (spans[1] < spans[3])).float()
     d = jepa.distance(*jepa.span_views(h, *spans[:4]), "cosine", inside / inside.sum())
     assert d.item() == pytest.approx(1 + 1 / math.sqrt(2), abs=0.01)  # 400 cosines with a spread of about 0.03
+
+
+@given(st.integers(1, 12), st.integers(0, 10**6))
+def test_effective_rank_of_matrices_of_known_rank(rank, seed):
+    """Equal singular values: the rank itself; any others: less, and never below 1. States that don't count change nothing."""
+    rng = np.random.default_rng(seed)
+    q = np.linalg.qr(rng.normal(size=(60, rank)))[0] @ np.linalg.qr(rng.normal(size=(12, rank)))[0].T
+    h = torch.tensor(np.concatenate((q, rng.normal(size=(4, 12))))).view(2, 32, 12)
+    counted = (torch.arange(64) < 60).view(2, 32)
+    assert jepa.state_statistics(h, counted)["effective_rank"] == pytest.approx(rank, rel=1e-5)
+    s = rng.exponential(size=12) + 1e-3
+    u, _, v = np.linalg.svd(rng.normal(size=(64, 12)), full_matrices=False)
+    share = s / s.sum()
+    h = torch.tensor(u * s @ v).view(1, 64, 12)
+    assert jepa.state_statistics(h, torch.ones(1, 64, dtype=torch.bool))["effective_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-5)
+
+
+def test_state_statistics_of_known_states():
+    generator = torch.Generator().manual_seed(0)
+    everything = torch.ones(4, 100, dtype=torch.bool)
+    line = (torch.arange(100)[None, :, None] + 1.0) * torch.randn(4, 1, 32, generator=generator)
+    assert jepa.state_statistics(line, everything)["curvature"] == pytest.approx(0, abs=1e-6)
+    noise = jepa.state_statistics(torch.randn(4, 100, 512, generator=generator), everything)
+    assert noise["curvature"] == pytest.approx(1.5, abs=0.01) and noise["state_cosine"] == pytest.approx(0, abs=0.01)  # cos of neighbouring steps: -1/2
+    h = torch.randn(1, 5, 3, generator=generator)
+    unit = h[0] / h[0].norm(dim=1, keepdim=True)
+    slow = [float(unit[i] @ unit[j]) for i in range(5) for j in range(5) if i != j]
+    assert jepa.state_statistics(h, everything[:1, :5])["state_cosine"] == pytest.approx(sum(slow) / 20, rel=1e-5)

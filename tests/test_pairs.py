@@ -368,6 +368,56 @@ def test_train_flops_stops_the_run(folders):
     assert capped.costs[0]["step_flops"] == log.costs[0]["step_flops"]
 
 
+# ---- the term's own pass
+
+
+@pytest.mark.parametrize("kind, changes", [("pairs", {}), ("groups", {}), ("pairs", dict(jepa_distance="infonce", jepa_predictor="linear"))])
+def test_the_decoupled_term_is_that_of_a_fraction_of_the_examples(folders, kind, changes):
+    """Every third example of the step; two micro-batches and more; the plain pass before it is the twin's."""
+    cfg, data, share = open_pairs(folders[kind], jepa_lambda=0.7, jepa_update="decoupled", jepa_rows_frac=1 / 3, **changes)
+    model = make_model(cfg, data)
+    chosen = np.array(data.examples_of(1))
+    chosen = chosen[[i for i in range(len(chosen)) if (i + 1) * round(len(chosen) / 3) // len(chosen) > i * round(len(chosen) / 3) // len(chosen)]].tolist()
+    losses, flops = train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, share, 1, 0.7, "term", cfg.jepa_rows_frac)
+    ours = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    _, expected = reference_losses(model, chosen, cfg, data, True)
+    expected.backward()
+    assert losses.tolist() == pytest.approx([expected.item()], rel=1e-5) and flops > 0
+    for (name, p), g in zip(model.named_parameters(), ours):
+        assert_gradient(g, torch.zeros_like(p) if p.grad is None else p.grad, name)
+    off = loader.open_data(dataclasses.replace(cfg, jepa_lambda=0.0)).load(1, share, False)
+    on = data.load(1, share, False)
+    assert on[1] == off[1] and all(torch.equal(a.idx, b.idx) and torch.equal(a.targets, b.targets) for a, b in zip(on[0], off[0]))
+
+
+def test_the_next_pass_is_packed_ahead(folders):
+    """Coupled, decoupled, and with dropped steps: no step of a run but the first is packed while it is waited for."""
+    for changes in ({}, dict(jepa_update="decoupled"), dict(jepa_ratio=0.5), dict(jepa_update="decoupled", jepa_ratio=0.5), dict(jepa_lambda=0.0)):
+        cfg, data, share = open_pairs(folders["pairs"], **{"jepa_lambda": 0.1, **changes})
+        model, missed, load = make_model(cfg, data), [], data.load
+
+        def watched(step, share, term, fraction=1.0):
+            if data.ahead is None or data.ahead[0] != (step, share, term, fraction):
+                missed.append(step)
+            return load(step, share, term, fraction)
+
+        data.load, updates = watched, train_gpt.build_updates(model, cfg)
+        for step in range(6):
+            train_gpt.training_step(model, train_gpt.training_loss, updates, cfg, data, share, step, 0.0, train_gpt.jepa_schedule(cfg, 0.0, step))
+        assert missed == [0], changes
+
+
+def test_a_decoupled_predictor_learns_at_its_full_rate(folders):
+    """No other update trains it: lambda, the size of the term's update relative to the cross entropy's, isn't about it."""
+    cfg, data, share = open_pairs(folders["pairs"], jepa_lambda=0.01, jepa_update="decoupled", jepa_predictor="linear")
+    model = make_model(cfg, data)
+    before = model.predictor.weight.clone()
+    train_gpt.training_step(model, train_gpt.training_loss, train_gpt.build_updates(model, cfg), cfg, data, share, 0, 0.0, 0.01)
+    size = (model.predictor.weight - before).norm() / 32**0.5  # of an orthogonal matrix 1, of Newton-Schulz' 0.7 to 1.2
+    assert 0.5 * cfg.matrix_lr < size < 1.25 * cfg.matrix_lr
+
+
 # ---- the off switch, dropout, gamma
 
 

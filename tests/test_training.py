@@ -1,8 +1,11 @@
 """The training step really used: its graphs, its sums over micro-batches and ranks, its schedule, its optimizers."""
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import jepa
 import loader
@@ -69,6 +72,7 @@ def test_needed_graphs():
     graphs = lambda **k: train_gpt.needed_graphs(train_gpt.Config(**k))
     assert graphs() == [None]
     assert graphs(jepa_lambda=0.1) == graphs(jepa_lambda=0.1, jepa_warmup_frac=0.5) == [0.1]
+    assert graphs(jepa_lambda=0.1, jepa_update="decoupled") == [None, 0.1] and graphs(jepa_update="decoupled") == [None]
     assert graphs(jepa_lambda=0.1, jepa_start_frac=0.5) == graphs(jepa_lambda=0.1, jepa_end_frac=0.5) == [None, 0.1]
 
 
@@ -100,9 +104,9 @@ def test_ratio_drops_the_term_from_whole_steps(data_path):
 
 
 def test_warm_up_leaves_no_trace(data_path):
-    settings = dict(jepa_lambda=0.1, jepa_start_frac=0.5)
-    _, cold = train_in_process(make_config(data_path, **settings))
-    _, warm = train_in_process(make_config(data_path, **settings), train_gpt.training_loss, warm_up=True)
+    late = dict(jepa_lambda=0.1, jepa_start_frac=0.5)
+    _, cold = train_in_process(make_config(data_path, **late))
+    _, warm = train_in_process(make_config(data_path, **late), train_gpt.training_loss, warm_up=True)
     assert cold.rows == warm.rows
 
 
@@ -250,13 +254,145 @@ def test_target_val_loss_stops(data_path):
 def test_non_finite_loss_names_the_step(data_path, monkeypatch):
     original = train_gpt.accumulate_gradients
 
-    def poisoned(model, loss_fn, cfg, data, share, step, weight):
-        losses, flops = original(model, loss_fn, cfg, data, share, step, weight)
+    def poisoned(model, loss_fn, cfg, data, share, step, *weight):
+        losses, flops = original(model, loss_fn, cfg, data, share, step, *weight)
         return losses * (float("nan") if step == 3 else 1), flops
 
     monkeypatch.setattr(train_gpt, "accumulate_gradients", poisoned)
     with pytest.raises(ValueError, match="non-finite loss at step 4 "):
         train_in_process(make_config(data_path))
+
+
+# ---- the decoupled update
+
+
+def shaken(model):
+    """The model with every weight moved: at its zero-initialised projections many gradients are zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("optimizer, layer", [("muon", -1), ("muon", 0), ("adamw", -1)])
+def test_a_decoupled_step_is_the_plain_step_and_then_one_of_the_term(data_path, optimizer, layer):
+    """Against two models and two sets of optimizers written out: the cross entropy's on all rows, the term's on every fourth."""
+    shared = dict(optimizer=optimizer, jepa_layer=layer, train_batch_tokens=512, warmdown_frac=0.0)
+    cfg, data, share, model = setup(data_path, jepa_lambda=0.3, jepa_update="decoupled", jepa_rows_frac=0.25, **shared)
+    plain_cfg, _, _, slow = setup(data_path, **shared)
+    for m in (model, slow):
+        shaken(m)
+    updates, (ce, term) = train_gpt.build_updates(model, cfg), [train_gpt.build_optimizers(slow, plain_cfg) for _ in range(2)]
+    for step in range(3):
+        losses, _ = train_gpt.training_step(model, train_gpt.training_loss, updates, cfg, data, share, step, 0.0, 0.3)
+        expected, _ = train_gpt.accumulate_gradients(slow, train_gpt.training_loss, plain_cfg, data, share, step, None)
+        train_gpt.apply_gradients(ce, 0.0, plain_cfg)
+        idx, _ = data.batch(step, share.rows, 0, share.rows)
+        a, b, start, end, weight = loader.draw_spans(cfg, data, share, step, idx)
+        rows = torch.arange(3, share.rows, 4)  # 16 rows: 3, 7, 11, 15
+        _, h = slow._run_blocks(idx[rows], layer)
+        u, v = jepa.span_views(h, *(x[rows] for x in (a, b, start, end)))
+        value = jepa.distance(u, v, "cosine", weight[rows] / weight[rows].sum(), jepa.noise_floor(h, b[rows]))
+        value.backward()
+        for o in term:
+            for group in o.param_groups:
+                group["lr"] = 0.3 * group["initial_lr"]
+            o.step()
+            o.zero_grad()
+        torch.testing.assert_close(losses, torch.stack((expected[0], value.detach())), rtol=1e-5, atol=1e-6)
+    for (name, p), q in zip(model.named_parameters(), slow.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)  # float32 sums in another order, three steps
+
+
+def test_decoupled_with_next_to_no_weight_is_the_plain_run_and_its_plain_graph(data_path):
+    _, off = train_in_process(make_config(data_path))
+    recorder = GraphRecorder()
+    _, on = train_in_process(make_config(data_path, jepa_lambda=1e-12, jepa_update="decoupled"), recorder.compile(train_gpt.training_loss), warm_up=True)
+    assert on.curve("train_loss") == pytest.approx(off.curve("train_loss"), rel=1e-5) and len(on.curve("jepa_loss")) == 8
+    plain = GraphRecorder()
+    train_in_process(make_config(data_path), plain.compile(train_gpt.training_loss))
+    assert len(recorder.graphs) == 2 and recorder.graphs[0] == plain.graphs[0]
+    _, coupled = train_in_process(make_config(data_path, jepa_lambda=1e-12))
+    assert coupled.curve("train_loss") == pytest.approx(off.curve("train_loss"), rel=1e-2)  # what orthogonalising makes of 1e-12 is more than rounding
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.floats(0.01, 1))
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_rows_of_the_term_depend_on_neither_ranks_nor_accumulation(data_path, ranks, accum, micro_rows, fraction):
+    rows = ranks * accum * micro_rows
+    cfg = make_config(data_path, train_batch_tokens=rows * 32, jepa_lambda=0.1, jepa_update="decoupled", jepa_rows_frac=fraction, jepa_doc=False)
+    data = loader.open_data(cfg)
+
+    def weighted_rows(ranks, accum):
+        found, shapes = [], set()
+        for rank in range(ranks):
+            share = train_gpt.Share(rank, 1, torch.device("cpu"), rows, rows // ranks, rank * rows // ranks, rows // ranks // accum)  # no process group: one rank's loader at a time
+            for batch in data.load(2, share, True, fraction)[0]:
+                shapes.add(batch.idx.shape)
+                found += [(tuple(i.tolist()), tuple(map(int, at))) for i, *at, w in zip(batch.idx, *(x[:, 0] for x in batch.views)) if w > 0]
+        return found, shapes
+
+    (one, _), (many, shapes) = weighted_rows(1, 1), weighted_rows(ranks, accum)
+    assert one == many and len(one) == max(1, round(fraction * rows)) and len(shapes) == 1
+
+
+def test_adamw_has_every_parameter_once_and_weight_decay_for_the_matrices_alone(data_path):
+    cfg, data, share, model = setup(data_path, optimizer="adamw", adamw_lr=0.002, jepa_predictor="linear", jepa_objective="pair", jepa_lambda=0.0)
+    (optimizer,) = train_gpt.build_optimizers(model, cfg)
+    assert sorted(id(p) for g in optimizer.param_groups for p in g["params"]) == sorted(map(id, model.parameters()))
+    matrices = {id(m.weight) for m in model.blocks.modules() if isinstance(m, Linear)}
+    decayed = [g for g in optimizer.param_groups if g["weight_decay"]]
+    assert len(decayed) == 1 and {id(p) for p in decayed[0]["params"]} == matrices and decayed[0]["initial_lr"] == 0.002 and type(optimizer) is torch.optim.AdamW
+    _, muon = train_in_process(make_config(data_path))
+    _, adamw = train_in_process(make_config(data_path, optimizer="adamw"))
+    _, faster = train_in_process(make_config(data_path, optimizer="adamw", adamw_lr=0.01))
+    assert len({log.curve("val_loss")[-1] for log in (muon, adamw, faster)}) == 3
+
+
+# ---- diagnostics
+
+
+def test_diagnostics_against_gradients_written_out_and_the_run_is_untouched(data_path):
+    cfg, data, share, model = setup(data_path, jepa_lambda=0.7, jepa_spans=2, grad_accum_steps=2, diag_every=3)
+    shaken(model)
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    found = train_gpt.diagnose(model, train_gpt.training_loss, cfg, data, share, 5)
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items()) and all(p.grad is None for p in model.parameters())
+    idx, targets = data.batch(5, share.rows, 0, share.rows)
+    *places, weight = loader.draw_spans(cfg, data, share, 5, idx)
+    x, h = model._run_blocks(idx, -1)
+    ce = torch.nn.functional.cross_entropy(model.logits(x).flatten(0, 1), targets.flatten())
+    term = 0.7 * jepa.distance(*jepa.span_views(h, *places), "cosine", weight, jepa.noise_floor(h, places[1]))
+    g, j = (torch.cat([torch.zeros_like(p).flatten() if t is None else t.flatten() for p, t in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True))])
+            for loss in (ce, term))
+    assert found["grad_ratio"] == pytest.approx((j.norm() / g.norm()).item(), rel=1e-4)
+    assert found["grad_cosine"] == pytest.approx((j @ g / j.norm() / g.norm()).item(), abs=1e-4)
+    assert 1 <= found["effective_rank"] <= 32 and 1.45 < found["jepa_independent"] < 1.75  # 1.707, and 1.5 where a span touches its fragment's end
+    plain, watched = (train_in_process(make_config(data_path, jepa_lambda=0.1, iterations=7, diag_every=every)) for every in (0, 3))
+    names = set(found)
+    assert [n for n, values in watched[1].rows if names <= values.keys()] == [0, 3, 6, 7]
+    assert [row for row in watched[1].rows if not names <= row[1].keys()] == plain[1].rows
+
+
+@pytest.mark.parametrize("term", [dict(jepa_lambda=0.0), dict(jepa_lambda=0.1, jepa_update="decoupled"), dict(jepa_lambda=0.1, jepa_distance="infonce"), dict(jepa_lambda=0.1, jepa_layer=0, jepa_norm=1)])
+def test_diagnostics_of_other_settings(data_path, term):
+    _, log = train_in_process(make_config(data_path, diag_every=8, **term), warm_up=True, loss_fn=train_gpt.training_loss)
+    rows = [values for _, values in log.rows if "grad_ratio" in values]
+    assert len(rows) == 2 and all(np.isfinite(list(values.values())).all() for values in rows)
+    assert (rows[1]["grad_ratio"] > 0) == (term["jepa_lambda"] > 0)
+
+
+def test_a_model_of_constant_states_is_warned_of(data_path):
+    cfg, data, share, model = setup(data_path, jepa_lambda=0.1, diag_every=1)
+    with torch.no_grad():
+        model.embed.weight.copy_(model.embed.weight[:1].expand_as(model.embed.weight))
+    found = train_gpt.diagnose(model, train_gpt.training_loss, cfg, data, share, 0)
+    warnings = list(jepa.diagnostic_warnings(found, cfg.model_dim))
+    assert found["effective_rank"] == pytest.approx(1, abs=1e-4) and found["state_cosine"] == pytest.approx(1, abs=1e-4) and found["jepa_matched"] == found["jepa_shuffled"]
+    assert len(warnings) == 2 and "effective rank 1.0, under 10% of the width 32" in warnings[0] and "doesn't tell them apart" in warnings[1]
+    _, log = train_in_process(make_config(data_path, jepa_lambda=0.1, diag_every=4))
+    assert not any("effective rank" in line for line in log.lines)
 
 
 # ---- optimizers
