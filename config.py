@@ -12,15 +12,18 @@ from pathlib import Path
 import yaml
 
 
-def knob(default, doc, low=None, high=None, truth=False):
-    """A setting with its one line of documentation and the range it must lie in, both ends included. truth: an int that a bool sets too."""
-    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "truth": truth})
+def knob(default, doc, low=None, high=None, truth=False, choices=None):
+    """A setting with its one line of documentation, and the range it must lie in, both ends included, or its choices. truth: an
+    int that a bool sets too."""
+    return dataclasses.field(default=default, metadata={"doc": doc, "low": low, "high": high, "truth": truth, "choices": choices})
 
 
 def check_ranges(config, name=lambda f: f.name.upper()):
-    """Raise ValueError naming the first knob outside its range, or not finite."""
+    """Raise ValueError naming the first knob outside its range or choices, or not finite."""
     for f in dataclasses.fields(config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if (choices := f.metadata["choices"]) and value not in choices:
+            raise ValueError(f"{name(f)}={value}: must be {', '.join(choices[:-1])} or {choices[-1]}")
         if f.type is float and not math.isfinite(value):
             raise ValueError(f"{name(f)}={value}: must be finite")
         if low is not None and not low <= value <= (math.inf if high is None else high):

@@ -44,8 +44,8 @@ class Config:
     doc_token: int = knob(50256, "for shards without meta.json: the token id that begins a document")
     vocab_size: int = knob(0, "rows of the embedding; 0: the tokenizer's size. A multiple of 64 is faster on a GPU", 0)
     val_tokens: int = knob(0, "tokens of the val split that are evaluated, off the clock; 0: all", 0)
-    loss_on: str = knob("all", "pairs: all, cross entropy on every token; target, on the second text and its end token only")
-    long_examples: str = knob("stop", "pairs and groups that a row can't hold: stop; skip, they are counted; truncate, the longer text's tail goes")
+    loss_on: str = knob("all", "pairs: all, cross entropy on every token; target, on the second text and its end token only", choices=("all", "target"))
+    long_examples: str = knob("stop", "pairs and groups that a row can't hold: stop; skip, they are counted; truncate, the longer text's tail goes", choices=("stop", "skip", "truncate"))
     # length of the run
     iterations: int = knob(10_000, "steps at most", 1)
     max_wallclock_seconds: float = knob(150.0, "training time at most, s, without compilation and validation; 0: no cap", 0)
@@ -64,7 +64,7 @@ class Config:
     tie_embeddings: bool = knob(False, "1: the output head is the embedding; saves vocab_size x model_dim parameters")
     value_embed: bool = knob(True, "1: the values of every block add a second embedding of the token; vocab_size x key/value width parameters, up to 7% of a step")
     # optimizer
-    optimizer: str = knob("muon", "muon: Muon for the blocks' matrices, Adam for the rest; adamw: AdamW for the matrices too")
+    optimizer: str = knob("muon", "muon: Muon for the blocks' matrices, Adam for the rest; adamw: AdamW for the matrices too", choices=("muon", "adamw"))
     adamw_lr: float = knob(0.003, "AdamW learning rate of the blocks' matrices where OPTIMIZER=adamw", 0)
     matrix_lr: float = knob(0.04, "Muon learning rate of the blocks' matrices", 0)
     embed_lr: float = knob(0.6, "Adam learning rate of the embeddings", 0)
@@ -76,9 +76,9 @@ class Config:
     # JEPA
     jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time", 0)
     jepa_update: str = knob("coupled", "coupled: the term is added to the loss; decoupled: its gradient has an optimizer of its own, and lambda is the size of "
-                            "its update relative to the cross entropy's; costs a second graph, optimizer state and pass over JEPA_ROWS_FRAC of the rows")
+                            "its update relative to the cross entropy's; costs a second graph, optimizer state and pass over JEPA_ROWS_FRAC of the rows", choices=("coupled", "decoupled"))
     jepa_rows_frac: float = knob(0.25, "JEPA_UPDATE=decoupled: fraction of the rows (of pairs data, of the examples) that the term's own pass encodes; time grows with it", 0, 1)
-    jepa_objective: str = knob("span", "span: inside a row or document; pair: the two texts of a pair, or neighbours in a group")
+    jepa_objective: str = knob("span", "span: inside a row or document; pair: the two texts of a pair, or neighbours in a group", choices=("span", "pair"))
     jepa_gamma: float = knob(1.0, "weight of the cross entropy where JEPA_LAMBDA is above 0", 0)
     jepa_ratio: float = knob(1.0, "chance that a step computes the term; a step without it costs a plain one. Below 1 costs a second training graph", 0, 1)
     jepa_max_span_frac: float = knob(0.5, "longest span over the length of its document fragment (or row)", 0, 1)
@@ -87,13 +87,13 @@ class Config:
     jepa_warmup_frac: float = knob(0.0, "fraction of the run over which lambda ramps up after the start; costs nothing", 0, 1)
     jepa_layer: int = knob(-1, "states compared: -1 the stream into the final norm, k the stream after block k; costs nothing")
     jepa_norm: int = knob(-1, "1: compare states after the final norm, 0: before it; -1: 1 for pair, 0 for span", -1, 1)
-    jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce, which costs one more forward pass, and a graph for it")
+    jepa_distance: str = knob("cosine", "cosine, l2, mse or infonce, which costs one more forward pass, and a graph for it", choices=jepa.DISTANCES)
     jepa_spans: int = knob(1, "spans per row, of pairs data per document; each costs four gathered states", 1)
     jepa_doc: bool = knob(True, "1: a span stays inside one document fragment; 0: anywhere in the row; in pairs data always inside")
     jepa_pred_tokens: int = knob(1, "pair: [PRED] tokens behind view A, which they encode; each costs a token", 0, jepa.MAX_PRED_TOKENS)
-    jepa_pred_position: str = knob("end", "pair: end, [PRED] behind view A; front, before it, which encodes that view once more")
+    jepa_pred_position: str = knob("end", "pair: end, [PRED] behind view A; front, before it, which encodes that view once more", choices=("end", "front"))
     jepa_reverse: bool = knob(False, "pair: 1: the second text predicts the first")
-    jepa_predictor: str = knob("identity", "pair: linear: a trained model_dim x model_dim matrix on view A")
+    jepa_predictor: str = knob("identity", "pair: linear: a trained model_dim x model_dim matrix on view A", choices=("identity", "linear"))
     # evaluation and logs
     diag_every: int = knob(0, "steps between diagnostics of the term, off the clock: gradients, rank of the states, shuffled views; each costs about ten steps; 0: none", 0)
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end", 0)
@@ -104,7 +104,7 @@ class Config:
     # machine
     seed: int = knob(1337, "of weights, data order and spans", 0, 2**31)
     init_from: str = knob("", "logs/<run>: start from the weights of that run")
-    dtype: str = knob("auto", "bfloat16 or float32; auto: bfloat16 where the hardware multiplies it")
+    dtype: str = knob("auto", "bfloat16 or float32; auto: bfloat16 where the hardware multiplies it", choices=("auto", "bfloat16", "float32"))
     compile: bool = knob(True, "0: no torch.compile; slower, starts at once")
 
     def __post_init__(self):
@@ -112,23 +112,14 @@ class Config:
         check_ranges(self)
         for name, wrong, rule in (
                 ("jepa_max_span_frac", self.jepa_max_span_frac == 0, "must be above 0"),
-                ("jepa_distance", self.jepa_distance not in jepa.DISTANCES, f"must be one of {', '.join(jepa.DISTANCES)}"),
-                ("jepa_objective", self.jepa_objective not in ("span", "pair"), "must be span or pair"),
                 ("jepa_ratio", self.jepa_ratio == 0, "must be above 0; without the term at all it is JEPA_LAMBDA=0"),
-                ("optimizer", self.optimizer not in ("muon", "adamw"), "must be muon or adamw"),
-                ("jepa_update", self.jepa_update not in ("coupled", "decoupled"), "must be coupled or decoupled"),
                 ("jepa_rows_frac", self.jepa_rows_frac == 0, "must be above 0"),
-                ("jepa_pred_position", self.jepa_pred_position not in ("end", "front"), "must be end or front"),
-                ("jepa_predictor", self.jepa_predictor not in ("identity", "linear"), "must be identity or linear"),
                 ("jepa_predictor", self.jepa_lambda and self.jepa_predictor == "linear" and self.jepa_objective == "span", "needs JEPA_OBJECTIVE=pair"),
-                ("loss_on", self.loss_on not in ("all", "target"), "must be all or target"),
-                ("long_examples", self.long_examples not in ("stop", "skip", "truncate"), "must be stop, skip or truncate"),
                 ("jepa_layer", not -1 <= self.jepa_layer < self.num_layers, f"must be -1, or a block from 0 to {self.num_layers - 1}"),
                 ("jepa_start_frac", self.jepa_lambda and self.jepa_start_frac >= min(1, self.jepa_end_frac),
                  f"with JEPA_LAMBDA above 0 it must be below JEPA_END_FRAC={self.jepa_end_frac}, or the term never runs"),
                 ("train_seq_len", self.jepa_lambda and self.train_seq_len < 3, "a span needs rows of at least 3 tokens"),
                 ("eval_stride", self.eval_stride > self.train_seq_len, f"must not exceed TRAIN_SEQ_LEN={self.train_seq_len}"),
-                ("dtype", self.dtype not in ("auto", "bfloat16", "float32"), "must be auto, bfloat16 or float32"),
                 ("run_id", not re.fullmatch(r"[\w.-]*", self.run_id), "may hold letters, digits, '_', '.' and '-' only")):
             if wrong:
                 raise ValueError(f"{name.upper()}={getattr(self, name)}: {rule}")

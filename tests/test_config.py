@@ -30,9 +30,7 @@ def test_precedence_default_yaml_environment_flag(tmp_path):
 
 def test_the_environment_sets_every_field():
     for name, f in FIELDS.items():
-        words = dict(dtype="float32", jepa_distance="mse", jepa_objective="pair", jepa_pred_position="front", jepa_predictor="linear",
-                     loss_on="target", long_examples="skip")
-        value = "1" if name == "jepa_norm" else {bool: "1", int: "7", float: "0.5", str: words.get(name, "x")}[f.type]
+        value = "1" if name == "jepa_norm" else {bool: "1", int: "7", float: "0.5", str: (f.metadata["choices"] or ["x"])[-1]}[f.type]
         settings = {name.upper(): value, **({"TRAIN_SEQ_LEN": "8"} if name == "eval_stride" else {}), **({"NUM_LAYERS": "9"} if name == "jepa_layer" else {})}
         cfg, origin, warnings = load_config(Config, [], settings)
         assert str(getattr(cfg, name)) in (value, "True") and not warnings and name.upper() in origin[name]
@@ -66,7 +64,7 @@ def test_every_field_is_read_and_every_jepa_variable_is_a_field():
     ([], {"JEPA_MAX_SPAN_FRAC": "1.1"}, "must be at least 0 and at most 1"),
     ([], {"JEPA_LAYER": "6", "NUM_LAYERS": "6"}, "must be -1, or a block from 0 to 5"),
     ([], {"JEPA_LAYER": "-2"}, "must be -1, or a block"),
-    ([], {"JEPA_DISTANCE": "cos"}, "must be one of cosine, l2, mse, infonce"),
+    ([], {"JEPA_DISTANCE": "cos"}, "must be cosine, l2, mse or infonce"),
     ([], {"JEPA_PRED_TOKENS": "11"}, "JEPA_PRED_TOKENS=11: must be at least 0 and at most 10"),
     ([], {"JEPA_PRED_POSITION": "back"}, "must be end or front"),
     ([], {"JEPA_OBJECTIVE": "pears"}, "must be span or pair"),
@@ -74,6 +72,9 @@ def test_every_field_is_read_and_every_jepa_variable_is_a_field():
     ([], {"LOSS_ON": "code"}, "must be all or target"),
     ([], {"LONG_EXAMPLES": "cut"}, "must be stop, skip or truncate"),
     ([], {"JEPA_SPANS": "0"}, "JEPA_SPANS=0: must be at least 1"),
+    ([], {"OPTIMIZER": "sgd"}, "OPTIMIZER=sgd: must be muon or adamw"),
+    ([], {"JEPA_UPDATE": "both"}, "must be coupled or decoupled"),
+    ([], {"JEPA_ROWS_FRAC": "0"}, "JEPA_ROWS_FRAC=0.0: must be above 0"),
     ([], {"DTYPE": "fp16"}, "auto, bfloat16 or float32"),
     ([], {"EVAL_STRIDE": "512", "TRAIN_SEQ_LEN": "256"}, "must not exceed"),
     ([], {"JEPA_LAMBDA": "1", "TRAIN_SEQ_LEN": "2"}, "at least 3 tokens"),
