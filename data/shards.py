@@ -168,26 +168,34 @@ def token_bytes(encoding):
     return table
 
 
-def split_documents(documents, val_fraction):
-    """Choose the validation documents by the hash of their text, so that copies of one text fall on one side.
+def split_documents(documents, val_fraction, train_fraction, held_out):
+    """Choose the documents of both splits by the hash of their text, so that copies of one text fall on one side.
 
-    documents: a function that returns a fresh iterator of str. Returns (number of documents, set of the
-    validation texts' digests, or None where there is a single document, whose last tenth is taken).
+    documents: a function that returns a fresh iterator of str. train_fraction: of the documents that aren't validation;
+    held_out: validation documents are taken from the rest of those, so that a choice made on them has not seen the true ones.
+    Returns (number of documents, the digests of the texts of both splits {"val": set, "train": set}, or None where there is a
+    single document, whose last tenth is validation).
     """
     digests = [hashlib.sha256(text.encode()).digest() for text in progress(documents(), desc="reading")]
     if not digests:
         raise SystemExit("error: the source holds no text: check its path and the name of the text field")
     unique = sorted(set(digests))
-    if len(unique) == 1:
+    if len(unique) == 1 and train_fraction == 1 and not held_out:
         return len(digests), None
-    return len(digests), set(unique[:min(len(unique) - 1, math.ceil(val_fraction * len(unique)))])
+    size = min(len(unique) - 1, math.ceil(val_fraction * len(unique)))
+    val, rest = unique[:size], unique[size:]
+    left = len(rest) - math.ceil(train_fraction * len(rest))
+    if held_out and left < size or not rest:
+        raise SystemExit(f"error: the source holds {len(unique)} documents, too few to hold {size} out; lower --train-fraction or --val-fraction")
+    return len(digests), {"val": set(rest[:size] if held_out else val), "train": set(rest[left:])}
 
 
-def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=None, tokenizer=None):
+def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=None, tokenizer=None, train_fraction=1.0, held_out=False):
     """Tokenise documents into out/<name>_train_*.bin and out/<name>_val_*.bin with out/meta.json.
 
     documents: a function that returns a fresh iterator of str (read two or three times, never held).
     tokenizer: a tiktoken name or file of ranks; without it, BPE of vocab_size is trained on the training documents.
+    train_fraction, held_out: as split_documents.
     The folder appears whole or not at all.
     """
     out = Path(out)
@@ -195,16 +203,19 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
         raise SystemExit(f"error: {out} exists: remove it, or choose another --out")
     work = out.with_name(f"{out.name}.part{os.getpid()}")
     name = re.sub(r"[^\w.-]|_(?=train_|val_)", "-", name)  # "x_val_y" would be taken for a val shard
-    count, val_digests = split_documents(documents, val_fraction)
+    count, chosen = split_documents(documents, val_fraction, train_fraction, held_out)
 
     def pieces():  # (split, text) of every document
         for text in documents():
-            if val_digests is None:
+            if chosen is None:
                 cut = int(len(text) * 0.9)
                 yield "train", text[:cut]
                 yield "val", text[cut:]
                 return
-            yield ("val" if hashlib.sha256(text.encode()).digest() in val_digests else "train"), text
+            digest = hashlib.sha256(text.encode()).digest()
+            for split in ("val", "train"):
+                if digest in chosen[split]:
+                    yield split, text
 
     if tokenizer is None:
         encoding = train_bpe((text for split, text in pieces() if split == "train"), vocab_size)
@@ -230,7 +241,7 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
                 flush(split)
 
     batch = []
-    for piece in progress(pieces(), count if val_digests is not None else 2, "tokenising"):
+    for piece in progress(pieces(), count if chosen is not None else 2, "tokenising"):
         batch.append(piece)
         if len(batch) == 512:
             encode_batch(batch)

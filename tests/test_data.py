@@ -14,7 +14,7 @@ import torch
 import train_gpt
 from conftest import MemoryLog, make_config, texts, train_in_process
 from data import fineweb, shards, stdlib, text
-from data.shards import read_shard
+from data.shards import prepare, read_shard, saved_encoding
 from loader import TokenData
 
 
@@ -300,3 +300,19 @@ def test_sliding_windows_see_more(data_path):
 def test_val_tokens_limits_the_split(data_path):
     data = TokenData(make_config(data_path, val_tokens=100))
     assert sum((targets >= 0).sum() for _, targets in data.val_windows()) == 99
+
+
+def test_a_share_of_the_training_documents_and_a_held_out_split(tmp_path):
+    """The same share with and without held_out; no text on two sides; the true val documents nowhere where they are held out."""
+    texts = [f"document {i} " * (1 + i % 5) for i in range(200)]
+    make = lambda name, **subset: prepare(tmp_path / name, "x", lambda: iter(texts), source="s", licence="l", val_fraction=0.05, vocab_size=300, **subset)
+    def documents(folder, split):
+        encoding, tokens = saved_encoding(folder, json.loads((folder / "meta.json").read_text())), read_shard(next(folder.glob(f"*_{split}_*.bin"))).tolist()
+        bounds = [i for i, t in enumerate(tokens) if t == 299] + [len(tokens)]
+        return {encoding.decode(tokens[a + 1:b]) for a, b in zip(bounds, bounds[1:])}
+    full, share, held = make("full"), make("share", train_fraction=0.1), make("held", train_fraction=0.1, held_out=True)
+    assert documents(full, "val") == documents(share, "val") and len(documents(share, "val")) == len(documents(held, "val")) == 10
+    assert documents(share, "train") == documents(held, "train") < documents(full, "train") and len(documents(share, "train")) == 19
+    assert not documents(held, "val") & (documents(full, "val") | documents(share, "train")) and documents(held, "val") < documents(full, "train")
+    with pytest.raises(SystemExit, match="200 documents, too few to hold 10 out; lower --train-fraction"):
+        make("none", held_out=True)
