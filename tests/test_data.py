@@ -307,8 +307,8 @@ def test_a_share_of_the_training_documents_and_a_held_out_split(tmp_path):
     texts = [f"document {i} " * (1 + i % 5) for i in range(200)]
     make = lambda name, **subset: prepare(tmp_path / name, "x", lambda: iter(texts), source="s", licence="l", val_fraction=0.05, vocab_size=300, **subset)
     def documents(folder, split):
-        encoding, tokens = saved_encoding(folder, json.loads((folder / "meta.json").read_text())), read_shard(next(folder.glob(f"*_{split}_*.bin"))).tolist()
-        bounds = [i for i, t in enumerate(tokens) if t == 299] + [len(tokens)]
+        meta, tokens = json.loads((folder / "meta.json").read_text()), read_shard(next(folder.glob(f"*_{split}_*.bin"))).tolist()
+        encoding, bounds = saved_encoding(folder, meta), [i for i, t in enumerate(tokens) if t == meta["doc_token"]] + [len(tokens)]
         return {encoding.decode(tokens[a + 1:b]) for a, b in zip(bounds, bounds[1:])}
     full, share, held = make("full"), make("share", train_fraction=0.1), make("held", train_fraction=0.1, held_out=True)
     assert documents(full, "val") == documents(share, "val") and len(documents(share, "val")) == len(documents(held, "val")) == 10
