@@ -567,7 +567,7 @@ def warm_up(model, loss_fn, cfg, data, share):
 
 def train(model, loss_fn, eval_fn, cfg, data, share, log):
     """Train to the end of the run and return its results: steps, train_seconds, val_loss, val_bpb and, with
-    TARGET_VAL_LOSS, time_to_target. ValueError where the loss is no longer finite."""
+    TARGET_VAL_LOSS, time_to_target, with DIAG_EVERY the last diagnostics. ValueError where the loss is no longer finite."""
     updates = build_updates(model, cfg)
     clock, step, flops, pending, reported, result = Clock(share.device), 0, 0.0, None, 0, {"time_to_target": None}
     if share.world_size > 1:
@@ -592,6 +592,7 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log):
             clock.stop()
             found = diagnose(model, loss_fn, cfg, data, share, step)
             log.metrics(step, clock.passed, found)
+            result |= found  # those of the end stay
             for warning in jepa.diagnostic_warnings(found, cfg.model_dim):
                 log.line(f"warning: step {step}: {warning}")
             clock.start()
