@@ -2,14 +2,17 @@
 
     python ablate.py --config configs/cpu_stdlib.yaml --arms JEPA_LAMBDA=0.005,0.02,0.1 --seeds 8 --budget steps=200
     python ablate.py --config FILE --arms JEPA_LAMBDA=0.02 --arms JEPA_LAYER=-1,3 --seeds 5              a grid
+    python ablate.py --arm "JEPA_LAMBDA=0.02 JEPA_LAYER=3" --arm JEPA_LAMBDA=0.1 --seeds 5               arms one by one
     python ablate.py --arms jepa.py:my_jepa.py --jepa_lambda 0.1 --seeds 3                               an edited file
+    python ablate.py --baseline "JEPA_LAMBDA=0 ITERATIONS=300" --arm "JEPA_LAMBDA=0.1 ITERATIONS=200" --budget steps --seeds 5
     python ablate.py --script finetune.py --config FILE --arms lbd=0.1,1 --seeds 5 --evaluate test.jsonl --task startswith
     python ablate.py plot logs/RUN ... [--out curves.png]                                                loss curves of any runs
 
-Other flags are the script's, the same for all runs. A twin is an arm without its JEPA settings and with the weight 0; it is added
-where it is missing. Runs are interleaved: all arms of a seed, then the next, so drift of the machine hits all alike. The
-same command again continues a stopped grid; a run that failed is shown, kept, and tried again. All arms have the same seeds, data
-order, batch, compile mode and budget: --budget steps=N, flops=X or seconds=S (a bare name takes the config's own value).
+Other flags are the script's, the same for all runs. A twin is an arm without its JEPA settings and files and with the weight 0; it
+is added where it is missing. --baseline names one arm that all are compared with instead. Runs are interleaved: all arms of a seed,
+then the next, so drift of the machine hits all alike. The same command again continues a stopped grid; a run that failed is shown,
+kept, and tried again. {seed} in a setting is the run's seed, e.g. INIT_FROM=logs/other-seed{seed}. All arms have the same seeds, data, batch, compile mode and budget, so no arm may set these: --budget steps=N,
+flops=X or seconds=S (a bare name takes the config's own value; under bare steps arms may set ITERATIONS).
 
 The paired t-test decides, two-sided, Holm-corrected over the arms. Wilcoxon's test stands beside it; below 8 seeds it can't go
 under 0.01. The smallest difference that the grid could have found is that of a paired t-test at 5%, not corrected, with 80% power.
@@ -18,26 +21,40 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
-import queue
-import shutil
+import re
+import shlex
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import yaml
+
+from config import load_config, load_sections
 
 ROOT = Path(__file__).resolve().parent
 WEIGHT = {"train_gpt.py": "jepa_lambda", "finetune.py": "lbd"}
 METRIC = {"train_gpt.py": "val_bpb", "finetune.py": "eval_loss"}
 HIGHER_IS_BETTER = {"exact", "startswith", "exact_clean", "startswith_clean", "accuracy", "probability"}
 # settings of the term: what an arm's twin hasn't
-TERM = {"train_gpt.py": ("jepa_",), "finetune.py": ("step_jepa", "span", "predictors", "linear_predictor", "jepa_", "infonce", "front_pred", "reverse_pred", "views", "last_token")}
-CODE = {"train_gpt.py": ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py"),
-        "finetune.py": ("finetune.py", "layouts.py", "chat.py", "jepa.py", "model.py", "loader.py", "config.py")}  # what makes a run's result
+TERM = {"train_gpt.py": ("jepa_",), "finetune.py": ("step_jepa", "span", "predictors", "linear_predictor", "jepa_", "infonce", "front_pred", "reverse_pred", "views",
+                                                    "last_token", "gamma")}
+CODE = {"train_gpt.py": ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "data/shards.py"),
+        "finetune.py": ("finetune.py", "layouts.py", "chat.py", "jepa.py", "model.py", "loader.py", "config.py", "data/pairs.py")}  # what makes a run's result
+INPUTS = ("data_path", "tokenizer", "init_from", "name", "train_file", "eval_file", "data_file")  # settings that are files or folders
 BUDGETS = {"steps": "iterations", "flops": "train_flops", "seconds": "max_wallclock_seconds"}
+OWN = {"train_gpt.py": ("seed", "run_id"), "finetune.py": ("finetune_seed", "output_dir", "resume")}  # what every run gets from here
+# What all arms share. A difference in the first two makes step times incomparable, in the others results.
+SHARED = {"train_gpt.py": {"program": ("compile", "dtype"), "batch": ("train_batch_tokens", "train_seq_len", "grad_accum_steps"),
+                           "data": ("data_path", "tokenizer", "doc_token", "long_examples"), "measurement": ("val_tokens", "eval_stride", "val_loss_every", "target_val_loss")},
+          "finetune.py": {"program": ("dtype", "attn_implementation", "gradient_checkpointing", "memory_efficient", "fsdp"), "batch": ("batch_size", "grad_accum"),
+                          "data": ("train_file", "eval_file", "data_file", "eval_split", "split_seed", "max_items", "max_eval_items", "config_name", "train_split")}}
 
 
 @dataclass(frozen=True)
@@ -57,27 +74,55 @@ class Arm:
         return Arm(((weight, "0"), *kept))
 
 
-def parse_arms(texts, script):
-    """The grid of Arms, twins first, of --arms: NAME=v1,v2 or FILE:PATH,PATH. ValueError names the one that is wrong."""
+def parse_arm(items, script, where):
+    """The Arm of texts NAME=value or FILE.py:path, in whatever order they are given. ValueError says what is wrong in `where`."""
+    found, weight = {"=": {}, ":": {}}, WEIGHT[script]
+    for item in items:
+        name, mark, value = re.fullmatch(r"([^=:]*)([=:]?)(.*)", item, re.DOTALL).groups()
+        if not (name and value):
+            raise ValueError(f"{where}: must be NAME=value or FILE.py:path, with commas between the values of --arms, blanks between the settings of --arm")
+        if mark == ":" and name not in {file.name for file in ROOT.glob("*.py")}:
+            raise ValueError(f"{where}: {name} is no file of the project's own folder")
+        if mark == ":" and not Path(value).is_file():
+            raise ValueError(f"{where}: {value} is no file")
+        name, value = (name, str(Path(value).resolve())) if mark == ":" else (name.lower(), value)
+        if mark == "=" and script == "finetune.py":  # where a key has several names
+            import finetune
+            name = finetune.ALIASES.get(name, name).rpartition(".")[2]
+        if name in found[mark]:
+            raise ValueError(f"{where}: {name} is there twice")
+        found[mark][name] = value
+    arm = Arm(*(tuple(sorted(pairs.items(), key=lambda x: (x[0] != weight, x[0]))) for pairs in found.values()))
+    try:
+        off = float(found["="].get(weight, 1)) == 0
+    except ValueError:  # the script will say so
+        off = False
+    return Arm(arm.twin(script).settings, arm.files) if off else arm  # without the term its settings mean nothing
+
+
+def parse_arms(grid, script, singles=(), baseline=None):
+    """The Arms of --arms texts (NAME=v,v or FILE.py:PATH,PATH: axes of a grid) and --arm texts, behind the baseline or else their twins."""
     axes = []
-    for text in texts:
-        name, mark, values = text.partition("=") if "=" in text else text.partition(":")
-        values = values.split(",")
-        if not mark or not name or not all(values):
-            raise ValueError(f"--arms {text}: must be NAME=value,value or FILE.py:path,path")
-        if mark == ":":
-            for path in values:
-                if not (ROOT / name).is_file() or not Path(path).is_file():
-                    raise ValueError(f"--arms {text}: {name if not (ROOT / name).is_file() else path} is no file")
-            axes.append([("file", (name, str(Path(path).resolve()))) for path in values])
-        else:
-            axes.append([("setting", (name.lower(), value)) for value in values])
-    arms = []
-    for choice in itertools.product(*axes):
-        arm = Arm(tuple(x for kind, x in choice if kind == "setting"), tuple(x for kind, x in choice if kind == "file"))
-        weight = dict(arm.settings).get(WEIGHT[script])
-        arms.append(arm.twin(script) if weight is not None and float(weight) == 0 else arm)
-    return list(dict.fromkeys([arm.twin(script) for arm in arms] + arms))
+    for text in grid:
+        head, values = re.fullmatch(r"([^=:]*[=:]?)(.*)", text, re.DOTALL).groups()
+        axes.append([(head + value, text) for value in values.split(",")])
+    arms = [parse_arm([item for item, _ in choice], script, " ".join(f"--arms {text}" for _, text in choice)) for choice in itertools.product(*axes)] if axes else []
+    arms += [parse_arm(shlex.split(text) or [""], script, f"--arm {text}") for text in singles]
+    first = [parse_arm(shlex.split(baseline) or [""], script, f"--baseline {baseline}")] if baseline is not None else [arm.twin(script) for arm in arms]
+    return list(dict.fromkeys(first + arms))
+
+
+def check_arms(arms, script, budget):
+    """ValueError where an arm sets what all of them share."""
+    limits = ("same_flop",) if script == "finetune.py" else [name for name in BUDGETS.values() if (budget, name) != ("steps", "iterations")]
+    groups = {**SHARED[script], **({"budget": limits} if budget else {})}
+    for arm, (name, value) in ((arm, setting) for arm in reversed(arms) for setting in arm.settings):  # twins last
+        if name in OWN[script]:
+            raise ValueError(f"arm {arm.label}: {name} is set here for every run; see --seeds, --first_seed and --name")
+        for group, names in groups.items():
+            if name in names:
+                raise ValueError(f"arm {arm.label}: {name} belongs to the {group}, which all arms share; " +
+                                 ("leave it to --budget" if group == "budget" else f"give it as a flag for all: --{name}={value}"))
 
 
 def budget_flags(text, script):
@@ -103,12 +148,12 @@ class Run:
 
     def result(self):
         """Its result.json, with the evaluation's where there is one; None while it isn't finished."""
-        files = [self.folder / "result.json", *([self.evaluation] if self.evaluation else [])]
+        files = [*([self.evaluation] if self.evaluation else []), self.folder / "result.json"]
         if not all(file.is_file() for file in files):
             return None
-        found = {}
-        for file in files:
-            found |= json.loads(file.read_text())
+        found = {name: value for file in files for name, value in json.loads(file.read_text()).items()}
+        if "config" not in found and (self.folder / "config.yaml").is_file():  # finetune.py's, of sections
+            found["config"] = {name: value for section in yaml.safe_load((self.folder / "config.yaml").read_text()).values() for name, value in section.items()}
         return found
 
 
@@ -116,16 +161,15 @@ def source_folder(arm, out):
     """The folder whose scripts an arm runs: the project's, or a copy with the arm's files in it, which its log then holds."""
     if not arm.files:
         return ROOT
-    folder = out / ("source-" + digest(*(Path(path).read_bytes() for _, path in arm.files)))
-    if not folder.exists():
-        folder.mkdir(parents=True)
-        for file in ROOT.glob("*.py"):
-            shutil.copy(file, folder)
-        for name in ("data", "logs"):
-            (ROOT / name).mkdir(exist_ok=True)
+    scripts = {file.name: file.read_bytes() for file in sorted(ROOT.glob("*.py"))} | {name: Path(path).read_bytes() for name, path in arm.files}
+    folder = out / ("source-" + digest(*itertools.chain(*scripts.items())))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in scripts.items():
+        (folder / name).write_bytes(text)
+    for name in ("data", "logs"):
+        (ROOT / name).mkdir(exist_ok=True)
+        if not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name)
-        for name, path in arm.files:
-            shutil.copy(path, folder / name)
     return folder
 
 
@@ -133,68 +177,85 @@ def digest(*parts):
     return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else str(p).encode() for p in parts)).hexdigest()[:8]
 
 
+def effective(flags, script):
+    """({setting: value}, {setting: where it comes from}) of a run with these flags, in this environment; ValueError where the script would refuse them."""
+    if script == "train_gpt.py":
+        import train_gpt
+        config, origin, _ = load_config(train_gpt.Config, flags, os.environ)
+        return asdict(config), origin
+    import finetune
+    config, origin = load_sections(finetune.Config, flags, finetune.ALIASES)
+    return ({name: value for section in asdict(config).values() for name, value in section.items()}, {key.rpartition(".")[2]: where for key, where in origin.items()})
+
+
+def content(path):
+    """What a run's name has of an input: the text of a file; of a folder its place, and meta.json, which has the sums of its shards."""
+    from loader import EMBEDDED_DATA
+    place = Path(path)
+    if not place.is_dir() or path in EMBEDDED_DATA:  # a hub's name, or what a run makes where it is missing
+        return digest(place.read_bytes()) if place.is_file() else path
+    meta = place / "meta.json"
+    return digest(meta.read_bytes()) if meta.is_file() else str(place.resolve())
+
+
 def plan(args, flags, out):
-    """The Runs of a grid, interleaved over the arms. A run's name holds a digest of everything that makes its result."""
-    arms, runs = parse_arms(args.arms, args.script), []
+    """(Arms, their Runs, interleaved). A run's name holds a digest of all that makes its result: settings wherever they come from, inputs, source."""
+    arms, named = parse_arms(args.arms, args.script, args.arm, args.baseline), {}
+    check_arms(arms, args.script, args.budget)
     flags = [*([f"--config={Path(args.config).resolve()}"] if args.config else []), *flags, *(budget_flags(args.budget, args.script) if args.budget else [])]
-    config = Path(args.config).read_bytes() if args.config else b""
-    evaluation = f"evaluation-{digest(Path(args.evaluate).read_bytes(), args.task)}.json" if args.evaluate else None
-    for seed, arm in itertools.product(range(args.first_seed, args.first_seed + args.seeds), arms):
-        replaced = dict(arm.files)
-        code = [Path(replaced.get(file, ROOT / file)).read_bytes() for file in CODE[args.script]] + [Path(path).read_bytes() for path in replaced.values()]
-        name = f"{args.name}-{arms.index(arm)}-{digest(args.script, config, flags, arm.settings, *code)}-seed{seed}"
-        source = source_folder(arm, out)
-        own = [f"--{key}={value}" for key, value in arm.settings] + [f"--seed={seed}"]
-        folder = ROOT / "logs" / name
-        where = f"--run_id={name}" if args.script == "train_gpt.py" else f"--output_dir={folder}"
-        check_settings([*flags, *own, where], args.script)
-        runs.append(Run(arm, seed, folder, [sys.executable, str(source / args.script), *flags, *own, where], out / f"{name}.log", evaluation and folder / evaluation))
+    for arm in arms:
+        own, replaced = [f"--{key}={value}" for key, value in arm.settings], dict(arm.files)
+        settings, origin = effective([*flags, *own], args.script)
+        if given := [name for name in OWN[args.script] if origin[name].startswith("flag")]:
+            raise ValueError(f"--{given[0]} is set here for every run; see --seeds, --first_seed and --name")
+        code = [Path(replaced.get(file, ROOT / file)).read_bytes() for file in dict.fromkeys((*CODE[args.script], *replaced))]
+        made = {name: content(value) if name in INPUTS and value else value for name, value in settings.items() if name not in OWN[args.script]}
+        name = f"{args.name}-{digest(args.script, json.dumps(made), *replaced, *code)}"
+        if name in named:
+            raise ValueError(f"arm {arm.label} is the same run as arm {named[name][0].label}; leave one out, or change it (an arm without a weight has the config's)")
+        named[name] = arm, source_folder(arm, out), [*flags, *own]
+    runs = []
+    for seed, (name, (arm, source, given)) in itertools.product(range(args.first_seed, args.first_seed + args.seeds), named.items()):
+        given = [flag.replace("{seed}", str(seed)) for flag in given]
+        folder = ROOT / "logs" / f"{name}-seed{seed}"
+        where = f"--run_id={folder.name}" if args.script == "train_gpt.py" else f"--output_dir={folder}"
+        evaluation = folder / f"evaluation-{digest(Path(args.evaluate).read_bytes(), args.task)}.json" if args.evaluate else None
+        runs.append(Run(arm, seed, folder, [sys.executable, str(source / args.script), *given, f"--seed={seed}", where], out / f"{folder.name}.log", evaluation))
     return arms, runs
 
 
-def check_settings(flags, script):
-    """ValueError where the script would refuse these flags: before the first run, not in each of them."""
-    if script == "train_gpt.py":
-        import train_gpt
-        from config import load_config
-        load_config(train_gpt.Config, flags, os.environ)
-    else:
-        import finetune
-        from config import load_sections
-        load_sections(finetune.Config, flags, finetune.ALIASES)
-
-
-def execute(run, args, gpus):
-    """Train and evaluate one run, output into its log; whether it succeeded."""
-    gpu = gpus.get()
-    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+def execute(run, args, gpu):
+    """Train and evaluate one run, output into its log, behind that of earlier attempts. It has failed where it has no result then."""
     steps = [run.command] if not (run.folder / "result.json").is_file() else []
     if steps and run.folder.exists():
         run.folder.rename(run.folder.with_name(f"{run.folder.name}.stopped{time.strftime('%Y%m%d-%H%M%S')}"))
-    if args.evaluate:
-        of = "--run" if args.script == "train_gpt.py" else "--model"
-        steps.append([sys.executable, str(ROOT / "evaluate.py"), of, str(run.folder), "--data", args.evaluate, *(["--task", args.task] if args.task else [])])
-    try:
-        with open(run.log, "ab") as log:
-            for command in steps:
-                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=log, env=environment)
-                log.write(done.stdout)
-                if done.returncode:
-                    return False
-                if command[1].endswith("evaluate.py"):
-                    run.evaluation.write_bytes(done.stdout.strip().splitlines()[-1])
-        return True
-    finally:
-        gpus.put(gpu)
+    if args.evaluate:  # by the arm's own source, as its files may have changed the model
+        of = ["--run", run.folder] if args.script == "train_gpt.py" else ["--model", run.folder, "--output", run.evaluation.with_suffix(".jsonl")]
+        evaluate = [sys.executable, Path(run.command[1]).with_name("evaluate.py"), *of, "--data", Path(args.evaluate).resolve(), *(["--task", args.task] if args.task else [])]
+        steps.append([str(part) for part in evaluate])
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+    with open(run.log, "ab") as log:
+        for command in steps:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
+            log.flush()
+            done = subprocess.run(command, stdout=log if command is run.command else subprocess.PIPE, stderr=log, env=environment)
+            log.write(done.stdout or b"")
+            if done.returncode:
+                return
+        if args.evaluate:
+            run.evaluation.write_bytes(done.stdout.strip().splitlines()[-1])
 
 
-def value_of(result, metric):
-    """A number of a result; ValueError where there is none."""
+def number(result, metric):
+    """A finite number of a result, or None."""
     value = result.get(metric)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        numbers = sorted(name for name, x in result.items() if isinstance(x, (int, float)) and not isinstance(x, bool))
-        raise ValueError(f"--metric {metric}: {'no such number in result.json' if metric not in result else f'is {value}'}; there are {', '.join(numbers)}")
-    return float(value)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+
+
+def lacking(run, metric):
+    """Why a run has no such number."""
+    result = run.result()
+    return "no result" if result is None else f"{metric} is {json.dumps(result[metric])}" if metric in result else f"no {metric} in its result"
 
 
 def compare(twin, arm):
@@ -230,50 +291,80 @@ def detectable(spread, n, power=0.8, alpha=0.05):
     return spread * optimize.brentq(lambda d: found(d) - power, 1e-6, most)
 
 
-def summarise(arms, runs, script, metric):
-    """(rows of the table, one per arm; the first line of the result) of the runs that are finished."""
+def unlike(one, other, script):
+    """How two results were made differently, so that neither they nor their times can be compared; None where they weren't."""
+    names = [name for group in ("program", "batch") for name in SHARED[script][group] if name != "compile"]  # whether it worked is what counts
+    a, b = ({"compiled": result.get("compiled")} | {name: result.get("config", {}).get(name) for name in names} for result in (one, other))
+    return next((f"{name} is {a[name]} there, {b[name]} here" for name in a if a[name] != b[name]), None)
+
+
+def summarise(arms, runs, script, metric, baseline=None):
+    """(rows of the table, one per arm; the first line of the result) of a grid's runs. baseline: the Arm that all are compared with, in place of twins."""
     results = {(run.arm, run.seed): run.result() for run in runs}
-    values = {key: value_of(result, metric) for key, result in results.items() if result}
-    seeds = sorted({run.seed for run in runs})
+    values = {key: value for key, result in results.items() if result and (value := number(result, metric)) is not None}
+    if not values and (finished := [result for result in results.values() if result]):
+        why = f"is {json.dumps(next(r[metric] for r in finished if metric in r))}" if any(metric in r for r in finished) else "no such number"
+        there = sorted({name for result in finished for name in result if number(result, name) is not None})
+        raise ValueError(f"--metric {metric}: {why} in result.json; there are {', '.join(there)}; the {len(finished)} finished runs are kept")
     rows, spreads = [], []
     for arm in arms:
-        twin = arm.twin(script)
-        own = [values[arm, s] for s in seeds if (arm, s) in values]
-        row = {"arm": arm.label, "twin": None if arm == twin else twin.label, "n": len(own), "failed": sum(s not in {k[1] for k in values if k[0] == arm} for s in seeds),
-               "mean": statistics.fmean(own) if own else None, "sd": statistics.stdev(own) if len(own) > 1 else None, "values": {s: values[arm, s] for s in seeds if (arm, s) in values}}
-        both = [s for s in seeds if (arm, s) in values and (twin, s) in values]
-        if arm != twin:
-            row |= {"paired": compare([values[twin, s] for s in both], [values[arm, s] for s in both])}
-            if len(both) > 1:
-                spreads.append(statistics.variance([values[arm, s] - values[twin, s] for s in both]))
-            per_step = lambda result: result["train_seconds"] / result["steps"]
-            row["time_ratio"] = statistics.median(per_step(results[arm, s]) / per_step(results[twin, s]) for s in both) if both else None
-        flops = [results[arm, s].get("train_flops") or results[arm, s].get("total_flops") for s in seeds if (arm, s) in values]
-        row["flops"] = statistics.fmean(flops) if flops and all(flops) else None
+        other, own = baseline or arm.twin(script), {seed: value for (a, seed), value in values.items() if a == arm}
+        missing = {run.seed: lacking(run, metric) for run in runs if run.arm == arm and run.seed not in own}
+        flops = [results[arm, s].get("train_flops") or results[arm, s].get("total_flops") for s in own]
+        row = {"arm": arm.label, "settings": [list(x) for x in arm.settings], "files": [list(x) for x in arm.files], "twin": None if arm == other else other.label,
+               "n": len(own), "failed": len(missing), "missing": missing, "mean": statistics.fmean(own.values()) if own else None,
+               "sd": statistics.stdev(own.values()) if len(own) > 1 else None, "values": own, "flops": statistics.fmean(flops) if flops and all(flops) else None}
         rows.append(row)
+        if arm == other:
+            continue
+        both = [s for s in own if (other, s) in values]
+        row["refused"] = next((f"{found} (seed {s})" for s in both if (found := unlike(results[other, s], results[arm, s], script))), None)
+        both = [] if row["refused"] else both
+        row["paired"] = compare([values[other, s] for s in both], [values[arm, s] for s in both])
+        per_step = lambda result: result["train_seconds"] / result["steps"]
+        row["time_ratio"] = statistics.median(per_step(results[arm, s]) / per_step(results[other, s]) for s in both) if both else None
+        if len(both) > 1:
+            spreads.append((statistics.variance([values[arm, s] - values[other, s] for s in both]), len(both)))
     compared = [row for row in rows if "paired" in row]
-    for row, p in zip(compared, holm([row["paired"]["p"] for row in compared])):
+    few = [row for row in compared if row["paired"]["n"] < 3 and not row["refused"]]
+    for row, p in zip(compared, holm([None if row in few else row["paired"]["p"] for row in compared])):
         row["paired"]["holm"] = p
-    twins = "; ".join(f"{row['arm']}: mean {row['mean']:.5g}, standard deviation {row['sd']:.2g} over {row['n']} seeds" for row in rows if row["twin"] is None and row["sd"] is not None)
-    least = min((row["paired"]["n"] for row in compared), default=0)
-    line = f"{metric} of the twin, {twins}" if twins else f"{metric}: too few finished runs for a spread"
-    if spreads and least > 1:
-        line += f"; the smallest difference that this grid could have found (80% power): {detectable(statistics.fmean(spreads) ** 0.5, least):.2g}"
-    if least < 3:
-        line += ". Fewer than 3 seeds: no claim is possible"
+    known = "; ".join(f"{row['arm']}: mean {row['mean']:.5g}, standard deviation {row['sd']:.2g} over {row['n']} seeds" for row in rows
+                      if row["twin"] is None and row["sd"] is not None)
+    line = f"{metric} of the {'baseline' if baseline else 'twin'}, {known}" if known else f"{metric}: too few finished runs for a spread"
+    if spreads:
+        smallest = detectable(statistics.fmean(v for v, _ in spreads) ** 0.5, min(n for _, n in spreads))
+        line += f"; the smallest difference that this grid could have found (80% power): {smallest:.2g}"
+    if few:
+        line += ". Fewer than 3 seeds: no claim is possible" + ("" if len(few) == len(compared) else f" on {', '.join(row['arm'] for row in few)}")
     return rows, line
 
 
-def markdown(rows, metric):
-    """The rows as a Markdown table."""
+def markdown(rows, metric, word="twin"):
+    """The rows as a Markdown table, and below it why values or comparisons are missing. word: what arms are compared with, a twin or the baseline."""
     show = lambda x, form="{:.5g}": "" if x is None else form.format(x)
-    lines = [f"| arm | n | {metric} | sd | difference to the twin | 95% interval | p (t, Holm) | p (t) | p (Wilcoxon) | step time | FLOPs | failed |", "|---" * 12 + "|"]
+    lines = [f"| arm | n | {metric} | sd | difference to the {word} | 95% interval | p (t, Holm) | p (t) | p (Wilcoxon) | step time | FLOPs | failed |", "|---" * 12 + "|"]
+    notes = []
     for row in rows:
         paired = row.get("paired", {})
         interval = f"{paired['low']:+.5f} .. {paired['high']:+.5f}" if paired.get("low") is not None else ""
-        cells = [row["arm"] + ("" if row["twin"] else " (twin)"), row["n"], show(row["mean"]), show(row["sd"], "{:.2g}"), show(paired.get("difference"), "{:+.5f}"), interval,
-                 *(show(paired.get(name), "{:.3g}") for name in ("holm", "p", "wilcoxon")), show(row.get("time_ratio"), "{:.3f}x"), show(row["flops"], "{:.3g}"), row["failed"] or ""]
+        p = [show(paired.get(name), "{:.3g}") for name in ("holm", "p", "wilcoxon")]
+        p = ["refused" if row["refused"] else "no claim: fewer than 3 seeds", "", ""] if paired and paired["n"] < 3 else p
+        cells = [row["arm"] + ("" if row["twin"] else f" ({word})"), row["n"], show(row["mean"]), show(row["sd"], "{:.2g}"), show(paired.get("difference"), "{:+.5f}"), interval,
+                 *p, show(row.get("time_ratio"), "{:.3f}x"), show(row["flops"], "{:.3g}"), row["failed"] or ""]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
+        notes += [f"{row['arm']}: refused, not compared with {row['twin']}: {row['refused']}; run both in the same way"] if row.get("refused") else []
+        notes += [f"{row['arm']}, seed {seed}: {why}" for seed, why in row["missing"].items()]
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
+
+
+def standing(arms, runs, metric):
+    """The table so far: a line an arm with its finished runs and their mean."""
+    lines = []
+    for arm in arms:
+        results = [run.result() for run in runs if run.arm == arm]
+        values = [value for result in results if result and (value := number(result, metric)) is not None]
+        lines.append(f"  {arm.label:<{max(len(a.label) for a in arms)}}  {sum(map(bool, results))}/{len(results)}" + (f"  mean {statistics.fmean(values):.5g}" if values else ""))
     return "\n".join(lines)
 
 
@@ -287,10 +378,11 @@ def curves(axes, folders, labels):
                 axes.plot(*zip(*points), style, color=f"C{n % 10}", linewidth=0.8, markersize=4, label=label)
                 label = "_" + label  # one entry a run
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.legend(fontsize=7)
+    if axes.lines:
+        axes.legend(fontsize=7)
 
 
-def draw(path, rows, runs, metric):
+def draw(path, rows, runs, metric, word):
     """The difference of each arm with its interval, and the loss curves of the first seed."""
     import matplotlib
     matplotlib.use("Agg")
@@ -304,7 +396,7 @@ def draw(path, rows, runs, metric):
             left.plot([paired["low"], paired["high"]], [y, y], color="C0")
         left.plot(paired["difference"], y, "o", color="C0")
     left.axvline(0, color="black", linewidth=0.8)
-    left.set(yticks=range(len(compared)), yticklabels=[row["arm"] for row in compared], xlabel=f"{metric}, arm - twin (95% interval; lines: seeds); "
+    left.set(yticks=range(len(compared)), yticklabels=[textwrap.fill(row["arm"], 40) for row in compared], xlabel=f"{metric}, arm - {word} (95% interval; lines: seeds); "
              f"{'right' if metric in HIGHER_IS_BETTER else 'left'} is better")
     first = [run for run in runs if run.seed == min(r.seed for r in runs) and run.result()]
     curves(right, [run.folder for run in first], [f"{run.arm.label}, seed {run.seed}" for run in first])
@@ -312,55 +404,78 @@ def draw(path, rows, runs, metric):
     pyplot.close(figure)
 
 
+def report(arms, runs, script, metrics, baseline, argv, out):
+    """Write table.md and result.json of the runs finished so far; returns the rows of the first metric, and the text."""
+    found = [{"metric": metric, "summary": line, "arms": rows} for metric in metrics for rows, line in [summarise(arms, runs, script, metric, baseline)]]
+    text = "\n\n".join(f"{one['summary']}\n\n{markdown(one['arms'], one['metric'], 'baseline' if baseline else 'twin')}" for one in found)
+    made = [{"arm": run.arm.label, "seed": run.seed, "run": run.folder.name, "finished": run.result() is not None} for run in runs]
+    (out / "table.md").write_text(f"{text}\n\nCommand: `python ablate.py {shlex.join(argv)}`\n")
+    (out / "result.json").write_text(json.dumps({"command": argv, "script": script, "baseline": baseline and baseline.label, "tables": found, "runs": made}, indent=1) + "\n")
+    return found[0]["arms"], text
+
+
 def run_grid(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--arms", action="append", required=True, metavar="NAME=V,V", help="an axis of the grid: a setting's values, or FILE.py:PATH; several make a grid")
+    parser.add_argument("--arms", action="append", default=[], metavar="NAME=V,V", help="an axis of the grid: a setting's values, or FILE.py:PATH; several make a grid")
+    parser.add_argument("--arm", action="append", default=[], metavar='"NAME=V NAME=V"', help="one arm beside the grid: its settings, or FILE.py:PATH")
+    parser.add_argument("--baseline", metavar='"NAME=V NAME=V"', help="the arm that all others are compared with (default: each with its own twin)")
     parser.add_argument("--config", help="the script's YAML file")
     parser.add_argument("--script", choices=sorted(WEIGHT), default="train_gpt.py", help="what is run (default: train_gpt.py)")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (default: 3)")
     parser.add_argument("--first_seed", type=int, default=1, help="the first of them (default: 1)")
     parser.add_argument("--budget", metavar="KIND[=VALUE]", help="what is equal in all arms: steps, flops or seconds (default: what the config says)")
-    parser.add_argument("--metric", help="a number of result.json, or of the evaluation (default: val_bpb; of finetune.py eval_loss, with --evaluate the accuracy)")
+    parser.add_argument("--metric", help="a number of result.json, or of the evaluation; several, with commas, make a table each (default: val_bpb; of finetune.py eval_loss, with --evaluate the accuracy)")
     parser.add_argument("--evaluate", metavar="FILE", help="run evaluate.py on this file after each run")
     parser.add_argument("--task", help="its --task")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1; on one machine more of them disturb each other's times)")
     parser.add_argument("--gpus", help="GPUs to use, one run on each at a time, e.g. 0,1")
     parser.add_argument("--name", default="ablation", help="of the grid: its results go to ablations/NAME (default: ablation)")
     args, flags = parser.parse_known_args(argv)
-    if args.seeds < 1 or args.jobs < 1:
-        raise ValueError(f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1")
-    if args.config and not Path(args.config).is_file():
-        raise ValueError(f"--config {args.config}: no such file")
-    if args.evaluate and not Path(args.evaluate).is_file():
-        raise ValueError(f"--evaluate {args.evaluate}: no such file")
-    metric = args.metric or (METRIC[args.script] if not args.evaluate else "accuracy" if args.script == "finetune.py" else "startswith")
+    for wrong, message in ((args.seeds < 1 or args.jobs < 1, f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1"),
+                           (args.first_seed < 0, f"--first_seed {args.first_seed}: must be at least 0"),
+                           (not args.arms and not args.arm, "no arms: give --arms NAME=V,V or --arm NAME=V"),
+                           (not re.fullmatch(r"[\w.-]+", args.name), f"--name {args.name}: may hold letters, digits, '_', '.' and '-' only"),
+                           (args.config and not Path(args.config).is_file(), f"--config {args.config}: no such file"),
+                           (args.evaluate and not Path(args.evaluate).is_file(), f"--evaluate {args.evaluate}: no such file")):
+        if wrong:
+            raise ValueError(message)
+    metrics = (args.metric or (METRIC[args.script] if not args.evaluate else "accuracy" if args.script == "finetune.py" else "startswith")).split(",")
+    metric = metrics[0]
     out = ROOT / "ablations" / args.name
     arms, runs = plan(args, flags, out)
+    baseline = arms[0] if args.baseline is not None else None
     out.mkdir(parents=True, exist_ok=True)
     left = [run for run in runs if run.result() is None]
     print(f"{len(arms)} arms x {args.seeds} seeds, {len(runs) - len(left)} runs finished, {len(left)} to do; {', '.join(arm.label for arm in arms)}", flush=True)
-    gpus = queue.Queue()
-    for gpu in (args.gpus.split(",") if args.gpus else [""] * args.jobs):
-        gpus.put(gpu)
+    settings, origin = effective(runs[0].command[2:], args.script)
+    if given := [f"{name}={settings[name]}" for name, where in origin.items() if where.startswith("environment")]:
+        print(f"from the environment, for all arms: {', '.join(given)}", flush=True)
     from tqdm import tqdm
-    with ThreadPoolExecutor(gpus.qsize()) as pool, tqdm(total=len(left), desc="runs") as bar:
-        def one(run):
-            fine = execute(run, args, gpus)
-            shown = f"{metric} {value_of(run.result(), metric):.5g}" if fine else f"FAILED, see {run.log}"
-            bar.write(f"{run.arm.label}, seed {run.seed}: {shown}")
-            bar.update()
-        try:
-            list(pool.map(one, left))
-        except BaseException:  # a metric that isn't there, or Ctrl-C: what is running ends, nothing new begins
-            pool.shutdown(cancel_futures=True)
-            raise
-    rows, line = summarise(arms, runs, args.script, metric)
-    table = markdown(rows, metric)
-    (out / "table.md").write_text(f"{line}\n\n{table}\n\nCommand: `python ablate.py {' '.join(argv)}`\n")
-    (out / "result.json").write_text(json.dumps({"command": argv, "metric": metric, "summary": line, "arms": rows,
-                                                 "runs": [{"arm": r.arm.label, "seed": r.seed, "run": r.folder.name, "finished": r.result() is not None} for r in runs]}, indent=1) + "\n")
-    draw(out / "ablation.png", rows, runs, metric)
-    print(f"{line}\n\n{table}\n\nresult: {out / 'table.md'}, ablation.png and result.json beside it")
+    workers = args.gpus.split(",") if args.gpus else [""] * args.jobs
+    with ThreadPoolExecutor(len(workers)) as pool, tqdm(total=len(left), desc="runs", disable=None) as bar:  # no bar where the output is a file
+        began, finished, waiting, running = time.perf_counter(), 0, iter(left), {}
+        def start(gpu):
+            if run := next(waiting, None):
+                running[pool.submit(execute, run, args, gpu)] = run, gpu
+        for gpu in workers:
+            start(gpu)
+        while running:
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run, gpu = running.pop(future)
+                future.result()
+                finished += 1
+                value = number(run.result() or {}, metric)
+                shown = f"{metric} {value:.5g}" if value is not None else lacking(run, metric) if run.result() else f"FAILED, see {run.log}"
+                rest = tqdm.format_interval((time.perf_counter() - began) / finished * (len(left) - finished))
+                bar.write(f"{finished} of {len(left)} runs, {rest} left: {run.arm.label}, seed {run.seed}: {shown}\n{standing(arms, runs, metric)}")
+                sys.stdout.flush()
+                bar.update()
+                if sum(run.result() is not None for run in runs) >= len(arms):  # a metric that isn't there: now, not after the last run
+                    report(arms, runs, args.script, metrics, baseline, argv, out)
+                start(gpu)
+    rows, text = report(arms, runs, args.script, metrics, baseline, argv, out)
+    draw(out / "ablation.png", rows, runs, metric, "baseline" if baseline else "twin")
+    print(f"{text}\n\nresult: {out / 'table.md'}, ablation.png and result.json beside it")
     return rows
 
 
@@ -384,6 +499,8 @@ def main(argv=None):
             print(f"result: {args.out}")
         else:
             run_grid(argv)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command continues") from None
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
     except ImportError as e:
