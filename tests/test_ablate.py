@@ -152,7 +152,7 @@ def test_a_grid_of_real_runs(grid, tmp_path, capsys, monkeypatch):
     source = (ROOT / "jepa.py").read_text()
     broken_file.write_text(source + f"\nif not __import__('pathlib').Path({str(mended)!r}).exists():\n    raise RuntimeError('broken')\n")
     edited.write_text(source.replace("d = 1 - (unit", "d = 3 - (unit"))
-    arms = ["--arms", f"jepa.py:{ROOT / 'jepa.py'},{broken_file},{edited}", "--arms", "jepa_lambda=0.5", "--arms", "jepa_layer=0", "--seeds", "1"]
+    arms = ["--arms", f"jepa.py:{ROOT / 'jepa.py'},{broken_file},{edited}", "--arms", "jepa_lambda=0.5", "--arms", "jepa_layer=0", "--seeds", "1", "--metric", "val_bpb,quantized_val_bpb"]
     rows = run(*arms)
     printed = capsys.readouterr().out
     assert "no claim is possible" in printed and printed.count("FAILED, see") == 1 and printed.strip().splitlines()[-1].startswith("result: ")  # live, and below the table
@@ -162,8 +162,11 @@ def test_a_grid_of_real_runs(grid, tmp_path, capsys, monkeypatch):
     assert twin["twin"] is None and broken["failed"] == 1 and broken["mean"] is None and plain["mean"] == changed["mean"]  # a constant more in the loss: the same gradients
     assert twin["mean"] != plain["mean"] and plain["paired"]["difference"] == plain["mean"] - twin["mean"]
     result = json.loads((out / "result.json").read_text())
-    assert (result["script"], result["baseline"]) == (GPT, None)
-    last = result["arms"][3]
+    assert (result["script"], result["baseline"], [t["metric"] for t in result["tables"]]) == (GPT, None, ["val_bpb", "quantized_val_bpb"])
+    last = result["tables"][0]["arms"][3]
+    quantised = result["tables"][1]["arms"]
+    assert quantised[0]["mean"] == pytest.approx(twin["mean"], rel=0.01) and quantised[0]["mean"] != twin["mean"]  # of the same run, after rounding to 8 bits
+    assert all(f"{table['summary']}\n\n{ablate.markdown(table['arms'], table['metric'])}" in (out / "table.md").read_text() for table in result["tables"])
     assert (last["settings"], last["files"], last["twin"]) == ([["jepa_lambda", "0.5"], ["jepa_layer", "0"]], [["jepa.py", str(edited)]], "jepa_lambda=0")
     folders = {r["arm"]: ROOT / "logs" / r["run"] for r in result["runs"]}
     assert [r["arm"] for r in result["runs"] if not r["finished"]] == [broken["arm"]]
@@ -239,7 +242,7 @@ def test_a_grid_of_fine_tuning_runs(tmp_path, monkeypatch, capsys):
     try:
         twin, arm = run("--arms", "lbd=0.5", "--arms", "predictors=1")
         result = json.loads((out / "result.json").read_text())
-        assert (result["script"], result["metric"], twin["mean"], arm["mean"], arm["paired"]["difference"]) == (HF, "accuracy", 0.25, 0.25, 0.0)
+        assert (result["script"], result["tables"][0]["metric"], twin["mean"], arm["mean"], arm["paired"]["difference"]) == (HF, "accuracy", 0.25, 0.25, 0.0)
         assert arm["settings"] == [["lbd", "0.5"], ["predictors", "1"]] and arm["time_ratio"] > 0 and arm["flops"] > twin["flops"] > 0 and arm["refused"] is None
         assert "| lbd=0.5 predictors=1 | 1 | 0.25 |" in (out / "table.md").read_text() and (out / "ablation.png").stat().st_size > 10_000
         folder = ROOT / "logs" / result["runs"][1]["run"]
@@ -319,6 +322,8 @@ def test_runs_are_interleaved_over_the_arms(tmp_path):
     assert "--max_wallclock_seconds=0" in runs[0].command
     deep = planned(tmp_path, flags=["--jepa_layer=8"], arms=[], arm=["num_layers=9 jepa_lambda=1"], baseline="num_layers=12 jepa_lambda=1")
     assert len(deep[1]) == 2  # the flag is valid only together with the arms' settings
+    _, chained = planned(tmp_path, flags=["--init_from=logs/a-seed{seed}"], arms=[], arm=["jepa_lambda=1"], seeds=2)
+    assert [f"--init_from=logs/a-seed{run.seed}" in run.command for run in chained] == [True] * 4
     for changes, message in [(dict(arms=["jepa_lambda=0.1,0.10"]), "arm jepa_lambda=0.10 is the same run as arm jepa_lambda=0.1"),
                              (dict(arms=["num_layers=3"]), "arm num_layers=3 is the same run as arm jepa_lambda=0 num_layers=3"),
                              (dict(flags=["--seed", "3"]), "--seed is set here"), (dict(flags=["--num_layers=3"], arms=["jepa_layer=4"]), "JEPA_LAYER=4: must be"),
