@@ -338,6 +338,7 @@ class JepaTrainer(Trainer):
         # a document may be as long as max_length, and its branch comes on top
         self.rows_of = -(-(cfg.dataset.max_length + cfg.dataset.predictors + 8) // 128) * 128 if flex else 0
         self.parts = torch.zeros(2, device=self.args.device)  # (CE, JEPA) since the last log line
+        self.eval_seconds = 0.0
         self.part_steps, self.flops = [0, 0], 0  # the steps that parts is about: all, and those with the term
         self.costs = unit_flops(self.model, cfg.training.gradient_checkpointing or cfg.training.memory_efficient)
 
@@ -411,7 +412,7 @@ class JepaTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """{"eval_loss": CE a label, "eval_jepa_loss"} over the eval examples, the term always computed."""
-        model, examples, args = self.model_wrapped, eval_dataset or self.eval_dataset, self.args
+        model, examples, args, began = self.model_wrapped, eval_dataset or self.eval_dataset, self.args, time.perf_counter()
         was_training, generator, total = model.training, span_generator(self.cfg.general.finetune_seed, args.process_index), torch.zeros(4, device=args.device)
         own, size = examples[args.process_index::args.world_size], args.per_device_eval_batch_size
         model.eval()
@@ -426,6 +427,7 @@ class JepaTrainer(Trainer):
         model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.eval_seconds += time.perf_counter() - began
         return metrics
 
     def floating_point_ops(self, inputs):
@@ -571,6 +573,7 @@ def run(cfg, origin):
     if first and (log := folder / "metrics.jsonl").exists():  # of steps that are now done again
         log.write_text("".join(line for line in log.read_text().splitlines(True) if resume and json.loads(line)["step"] <= start))
     outcome = trainer.train(resume_from_checkpoint=resume)
+    train_seconds = outcome.metrics["train_runtime"] - trainer.eval_seconds
     history = trainer.state.log_history
     if trainer.eval_dataset and not any("eval_loss" in line and line["step"] == trainer.state.global_step for line in history):
         trainer.evaluate()
@@ -578,8 +581,8 @@ def run(cfg, origin):
     losses = [line for line in history if "ce_loss" in line]
     last = {k: v for line in history for k, v in line.items() if k in ("ce_loss", "jepa_loss", "eval_loss", "eval_jepa_loss")}
     result = {"train_loss": sum(line["loss"] for line in losses) / len(losses) if losses else outcome.training_loss, **last, "steps": trainer.state.global_step, "resumed_from": start,
-              "examples": len(trainer.train_dataset), "examples_per_second": outcome.metrics["train_samples_per_second"],
-              "train_seconds": outcome.metrics["train_runtime"], "seconds": round(time.perf_counter() - began, 1), "total_flops": trainer.state.total_flos,
+              "examples": len(trainer.train_dataset), "examples_per_second": outcome.metrics["train_samples_per_second"] * outcome.metrics["train_runtime"] / train_seconds,
+              "train_seconds": train_seconds, "seconds": round(time.perf_counter() - began, 1), "total_flops": trainer.state.total_flos,
               "seed": cfg.general.finetune_seed}
     if torch.cuda.is_available():
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
