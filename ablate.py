@@ -7,6 +7,7 @@
     python ablate.py --baseline "JEPA_LAMBDA=0 ITERATIONS=300" --arm "JEPA_LAMBDA=0.1 ITERATIONS=200" --budget steps --seeds 5
     python ablate.py --script finetune.py --config FILE --arms lbd=0.1,1 --seeds 5 --evaluate test.jsonl --task startswith
     python ablate.py plot logs/RUN ... [--out curves.png]                                                loss curves of any runs
+    python ablate.py best ablations/NAME --over JEPA_LAMBDA          of arms that differ in it alone, the one with the best mean: for a next grid
 
 Other flags are the script's, the same for all runs. A twin is an arm without its JEPA settings and files and with the weight 0; it
 is added where it is missing. --baseline names one arm that all are compared with instead. Runs are interleaved: all arms of a seed,
@@ -479,6 +480,18 @@ def run_grid(argv):
     return rows
 
 
+def best(grid, over):
+    """Of all arms of a finished grid that differ in the setting `over` alone, the one with the best mean of its first metric, as text for --arm."""
+    table, chosen = grid["tables"][0], {}
+    if not any(name == over for row in table["arms"] for name, _ in row["settings"]):
+        raise ValueError(f"--over {over}: no arm sets it; they set {', '.join(sorted({name for row in table['arms'] for name, _ in row['settings']}))}")
+    for row in (row for row in table["arms"] if row["mean"] is not None):
+        rest = str([[pair for pair in row["settings"] if pair[0] != over], row["files"]])
+        better = max if table["metric"] in HIGHER_IS_BETTER else min
+        chosen[rest] = better(chosen.get(rest, row), row, key=lambda row: row["mean"])
+    return [row["arm"] for row in chosen.values()]
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
@@ -497,6 +510,14 @@ def main(argv=None):
             curves(axes, args.runs, [Path(run).name for run in args.runs])
             figure.savefig(args.out, dpi=110)
             print(f"result: {args.out}")
+        elif argv[:1] == ["best"]:
+            parser = argparse.ArgumentParser(prog="ablate.py best")
+            parser.add_argument("grid", help="its folder in ablations/")
+            parser.add_argument("--over", required=True, help="the setting to choose")
+            args = parser.parse_args(argv[1:])
+            if not (Path(args.grid) / "result.json").is_file():
+                raise ValueError(f"{args.grid}: no result.json of a grid in it")
+            print(*best(json.loads((Path(args.grid) / "result.json").read_text()), args.over.lower()), sep="\n")
         else:
             run_grid(argv)
     except KeyboardInterrupt:

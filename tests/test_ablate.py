@@ -433,6 +433,17 @@ def test_a_planted_gain_is_found_and_a_planted_null_is_not():
     assert corrected_and_plain(arms, 5 * gain)[0] < 0.05  # beside three nulls, a gain beyond doubt
 
 
+def test_the_best_arms_of_a_grid(tmp_path, capsys):
+    """One arm for every combination of the other settings; arms without a result don't count; the better direction is the metric's."""
+    means = {"jepa_lambda=0": 3.0, "jepa_lambda=1 jepa_update=decoupled": 2.0, "jepa_lambda=2 jepa_update=decoupled": 1.0, "jepa_lambda=3 jepa_update=decoupled": None, "jepa_lambda=4": 4.0}
+    rows = [{"arm": label, "settings": [s.split("=") for s in label.split()], "files": [], "mean": mean} for label, mean in means.items()]
+    for metric, expected in (("val_bpb", ["jepa_lambda=0", "jepa_lambda=2 jepa_update=decoupled"]), ("startswith", ["jepa_lambda=4", "jepa_lambda=1 jepa_update=decoupled"])):
+        (tmp_path / "result.json").write_text(json.dumps({"tables": [{"metric": metric, "arms": rows}]}))
+        ablate.main(["best", str(tmp_path), "--over", "JEPA_LAMBDA"])
+        assert capsys.readouterr().out.split("\n")[:-1] == expected
+        assert [arm.label for arm in ablate.parse_arms([], GPT, expected)][-2:] == expected  # what --arm reads
+
+
 def test_misuse_is_one_line(tmp_path):
     for flags, message in [(["--arms", "JEPA_LAMBDA=0.1", "--seeds", "0"], "--seeds 0"), (["--arms", "JEPA_LAMBDA=0.1", "--config", "no.yaml"], "no.yaml: no such file"),
                            (["--arms", "JEPA_LAYER=9"], "JEPA_LAYER=9: must be -1"), (["--arms", "JEPA_LAMDA=0.1"], "unknown argument --jepa_lamda=0.1; did you mean jepa_lambda"),
@@ -440,6 +451,6 @@ def test_misuse_is_one_line(tmp_path):
                            (["--seeds", "3"], "no arms: give --arms"), (["--arm", "JEPA_LAMBDA=0.1", "--name", "a b"], "--name a b: may hold"),
                            (["--arm", "JEPA_LAMBDA=x"], "'x' is not a valid float"),
                            (["--arms", "JEPA_LAMBDA=0.1", "--arm", "JEPA_LAMBDA=0.1 COMPILE=0"], "arm jepa_lambda=0.1 compile=0: compile belongs to the program, which all arms share"),
-                           (["plot", str(tmp_path)], "no metrics.jsonl in it")]:
+                           (["plot", str(tmp_path)], "no metrics.jsonl in it"), (["best", str(tmp_path), "--over", "x"], "no result.json of a grid in it")]:
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             ablate.main(flags)
