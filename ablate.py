@@ -12,8 +12,9 @@
 Other flags are the script's, the same for all runs. A twin is an arm without its JEPA settings and files and with the weight 0; it
 is added where it is missing. --baseline names one arm that all are compared with instead. Runs are interleaved: all arms of a seed,
 then the next, so drift of the machine hits all alike. The same command again continues a stopped grid; a run that failed is shown,
-kept, and tried again. {seed} in a setting is the run's seed, e.g. INIT_FROM=logs/other-seed{seed}. All arms have the same seeds, data, batch, compile mode and budget, so no arm may set these: --budget steps=N,
-flops=X or seconds=S (a bare name takes the config's own value; under bare steps arms may set ITERATIONS).
+kept, and tried again. All arms have the same seeds, data, batch, compile mode and budget, so no arm may set these: --budget steps=N,
+flops=X or seconds=S (a bare name takes the config's own value; under bare steps arms may set ITERATIONS). {seed} in a setting is the
+run's seed, e.g. INIT_FROM=logs/other-seed{seed}.
 
 The paired t-test decides, two-sided, Holm-corrected over the arms. Wilcoxon's test stands beside it; below 8 seeds it can't go
 under 0.01. The smallest difference that the grid could have found is that of a paired t-test at 5%, not corrected, with 80% power.
@@ -159,9 +160,7 @@ class Run:
 
 
 def source_folder(arm, out):
-    """The folder whose scripts an arm runs: the project's, or a copy with the arm's files in it, which its log then holds."""
-    if not arm.files:
-        return ROOT
+    """The folder whose scripts an arm runs, a copy with the arm's files in it: the project's own may be edited while a grid runs."""
     scripts = {file.name: file.read_bytes() for file in sorted(ROOT.glob("*.py"))} | {name: Path(path).read_bytes() for name, path in arm.files}
     folder = out / ("source-" + digest(*itertools.chain(*scripts.items())))
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +189,7 @@ def effective(flags, script):
 
 
 def content(path):
-    """What a run's name has of an input: the text of a file; of a folder its place, and meta.json, which has the sums of its shards."""
+    """What a run's name has of an input: the text of a file; of a folder meta.json, which has the sums of its shards, or else its place."""
     from loader import EMBEDDED_DATA
     place = Path(path)
     if not place.is_dir() or path in EMBEDDED_DATA:  # a hub's name, or what a run makes where it is missing
