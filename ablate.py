@@ -12,7 +12,7 @@
 Other flags are the script's, the same for all runs. A twin is an arm without its JEPA settings and files and with the weight 0; it
 is added where it is missing. --baseline names one arm that all are compared with instead. Runs are interleaved: all arms of a seed,
 then the next, so drift of the machine hits all alike. The same command again continues a stopped grid; a run that failed is shown,
-kept, and tried again. All arms have the same seeds, data, batch, compile mode and budget, so no arm may set these: --budget steps=N,
+kept, and tried again. All arms have the same seeds, data, batch, compile mode and --budget, so no arm may set these: steps=N,
 flops=X or seconds=S (a bare name takes the config's own value; under bare steps arms may set ITERATIONS). {seed} in a setting is the
 run's seed, e.g. INIT_FROM=logs/other-seed{seed}.
 
@@ -160,7 +160,7 @@ class Run:
 
 
 def source_folder(arm, out):
-    """The folder whose scripts an arm runs, a copy with the arm's files in it: the project's own may be edited while a grid runs."""
+    """The folder whose scripts an arm runs, a copy with the arm's files in it: the project's own may be edited while a grid runs, but for data/."""
     scripts = {file.name: file.read_bytes() for file in sorted(ROOT.glob("*.py"))} | {name: Path(path).read_bytes() for name, path in arm.files}
     folder = out / ("source-" + digest(*itertools.chain(*scripts.items())))
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,38 +189,37 @@ def effective(flags, script):
 
 
 def content(path):
-    """What a run's name has of an input: the text of a file; of a folder meta.json, which has the sums of its shards, or else its place."""
+    """What a run's name has of an input: the text of a file; of a folder its weights, or meta.json, which has the sums of its shards, or else its place."""
     from loader import EMBEDDED_DATA
     place = Path(path)
-    if not place.is_dir() or path in EMBEDDED_DATA:  # a hub's name, or what a run makes where it is missing
-        return digest(place.read_bytes()) if place.is_file() else path
-    meta = place / "meta.json"
-    return digest(meta.read_bytes()) if meta.is_file() else str(place.resolve())
+    if path in EMBEDDED_DATA:  # a run makes it where it is missing
+        return path
+    for file in (place, place / "model.safetensors", place / "meta.json"):
+        if file.is_file():
+            return digest(file.read_bytes())
+    return str(place.resolve()) if place.is_dir() else path  # a hub's name
 
 
 def plan(args, flags, out):
     """(Arms, their Runs, interleaved). A run's name holds a digest of all that makes its result: settings wherever they come from, inputs, source."""
-    arms, named = parse_arms(args.arms, args.script, args.arm, args.baseline), {}
+    arms, named, runs = parse_arms(args.arms, args.script, args.arm, args.baseline), {}, []
     check_arms(arms, args.script, args.budget)
     flags = [*([f"--config={Path(args.config).resolve()}"] if args.config else []), *flags, *(budget_flags(args.budget, args.script) if args.budget else [])]
-    for arm in arms:
-        own, replaced = [f"--{key}={value}" for key, value in arm.settings], dict(arm.files)
-        settings, origin = effective([*flags, *own], args.script)
-        if given := [name for name in OWN[args.script] if origin[name].startswith("flag")]:
-            raise ValueError(f"--{given[0]} is set here for every run; see --seeds, --first_seed and --name")
+    for seed, arm in itertools.product(range(args.first_seed, args.first_seed + args.seeds), arms):
+        replaced, given = dict(arm.files), [flag.replace("{seed}", str(seed)) for flag in (*flags, *(f"--{key}={value}" for key, value in arm.settings))]
+        settings, origin = effective(given, args.script)
+        if taken := [name for name in OWN[args.script] if origin[name].startswith("flag")]:
+            raise ValueError(f"--{taken[0]} is set here for every run; see --seeds, --first_seed and --name")
         code = [Path(replaced.get(file, ROOT / file)).read_bytes() for file in dict.fromkeys((*CODE[args.script], *replaced))]
         made = {name: content(value) if name in INPUTS and value else value for name, value in settings.items() if name not in OWN[args.script]}
-        name = f"{args.name}-{digest(args.script, json.dumps(made), *replaced, *code)}"
-        if name in named:
-            raise ValueError(f"arm {arm.label} is the same run as arm {named[name][0].label}; leave one out, or change it (an arm without a weight has the config's)")
-        named[name] = arm, source_folder(arm, out), [*flags, *own]
-    runs = []
-    for seed, (name, (arm, source, given)) in itertools.product(range(args.first_seed, args.first_seed + args.seeds), named.items()):
-        given = [flag.replace("{seed}", str(seed)) for flag in given]
-        folder = ROOT / "logs" / f"{name}-seed{seed}"
+        folder = ROOT / "logs" / f"{args.name}-{digest(args.script, json.dumps(made), *replaced, *code)}-seed{seed}"
+        if folder in named:
+            raise ValueError(f"arm {arm.label} is the same run as arm {named[folder].label}; leave one out, or change it (an arm without a weight has the config's)")
+        named[folder] = arm
         where = f"--run_id={folder.name}" if args.script == "train_gpt.py" else f"--output_dir={folder}"
         evaluation = folder / f"evaluation-{digest(Path(args.evaluate).read_bytes(), args.task)}.json" if args.evaluate else None
-        runs.append(Run(arm, seed, folder, [sys.executable, str(source / args.script), *given, f"--seed={seed}", where], out / f"{folder.name}.log", evaluation))
+        command = [sys.executable, str(source_folder(arm, out) / args.script), *given, f"--seed={seed}", where]
+        runs.append(Run(arm, seed, folder, command, out / f"{folder.name}.log", evaluation))
     return arms, runs
 
 
@@ -240,7 +239,7 @@ def execute(run, args, gpu):
             log.flush()
             done = subprocess.run(command, stdout=log if command is run.command else subprocess.PIPE, stderr=log, env=environment)
             log.write(done.stdout or b"")
-            if done.returncode:
+            if done.returncode or done.stdout == b"":
                 return
         if args.evaluate:
             run.evaluation.write_bytes(done.stdout.strip().splitlines()[-1])
@@ -294,7 +293,7 @@ def detectable(spread, n, power=0.8, alpha=0.05):
 def unlike(one, other, script):
     """How two results were made differently, so that neither they nor their times can be compared; None where they weren't."""
     names = [name for group in ("program", "batch") for name in SHARED[script][group] if name != "compile"]  # whether it worked is what counts
-    a, b = ({"compiled": result.get("compiled")} | {name: result.get("config", {}).get(name) for name in names} for result in (one, other))
+    a, b = ({name: result.get(name) for name in ("compiled", "data_sha256")} | {name: result.get("config", {}).get(name) for name in names} for result in (one, other))
     return next((f"{name} is {a[name]} there, {b[name]} here" for name in a if a[name] != b[name]), None)
 
 
@@ -433,6 +432,7 @@ def run_grid(argv):
     args, flags = parser.parse_known_args(argv)
     for wrong, message in ((args.seeds < 1 or args.jobs < 1, f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1"),
                            (args.first_seed < 0, f"--first_seed {args.first_seed}: must be at least 0"),
+                           (args.baseline is not None and not args.budget, "--baseline needs a --budget: arms that aren't twins may differ in length"),
                            (not args.arms and not args.arm, "no arms: give --arms NAME=V,V or --arm NAME=V"),
                            (not re.fullmatch(r"[\w.-]+", args.name), f"--name {args.name}: may hold letters, digits, '_', '.' and '-' only"),
                            (args.config and not Path(args.config).is_file(), f"--config {args.config}: no such file"),
@@ -484,7 +484,9 @@ def best(grid, over):
     table, chosen = grid["tables"][0], {}
     if not any(name == over for row in table["arms"] for name, _ in row["settings"]):
         raise ValueError(f"--over {over}: no arm sets it; they set {', '.join(sorted({name for row in table['arms'] for name, _ in row['settings']}))}")
-    for row in (row for row in table["arms"] if row["mean"] is not None):
+    if left := [row["arm"] for row in table["arms"] if row["failed"]]:
+        raise ValueError(f"not all runs of {left[0]} have a {table['metric']}, so the means don't compare; run the grid again")
+    for row in table["arms"]:
         rest = str([[pair for pair in row["settings"] if pair[0] != over], row["files"]])
         better = max if table["metric"] in HIGHER_IS_BETTER else min
         chosen[rest] = better(chosen.get(rest, row), row, key=lambda row: row["mean"])

@@ -283,28 +283,31 @@ def distance(u, v, kind, weight=None, floor=None, group=None):
         return d.mean() if weight is None else (d * weight.flatten()).sum()
 
 
-def state_statistics(h, counted):
-    """Geometry of states h (B, T, D) where counted (B, T) says so, a dict of floats.
+def state_statistics(h, counted, positions=None):
+    """Geometry of states h (B, T, D) where counted (B, T) says so, a dict of floats. positions (B, T), default 0..T-1.
 
     effective_rank: exp of the entropy of the singular values' shares, 1 to D (Roy & Vetterli 2007; RankMe, arXiv 2210.02885);
     state_cosine: mean cosine of two different states; curvature: mean of 1 - cos of one step of the trajectory and the next,
-    0 on a straight line, 1.5 for independent states.
+    0 on a straight line, 1.5 for independent states; over tokens that follow one another.
     """
     x = h[counted][:4096].double()
     singular = torch.linalg.eigvalsh(x.mT @ x).clamp(min=0).sqrt()
     share = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
     total, n = F.normalize(x, dim=-1).sum(0), len(x)
     step = h.double().diff(dim=1)
-    straight = F.cosine_similarity(step[:, 1:], step[:, :-1], dim=-1)[counted[:, 2:] & counted[:, 1:-1] & counted[:, :-2]]
+    joined = counted[:, 1:] & counted[:, :-1]
+    if positions is not None:
+        joined = joined & (positions.diff(dim=1) == 1)
+    straight = F.cosine_similarity(step[:, 1:], step[:, :-1], dim=-1)[joined[:, 1:] & joined[:, :-1]]
     return {"effective_rank": torch.special.entr(share).sum().exp().item(), "state_cosine": ((total @ total - n) / max(1, n * (n - 1))).item(),
             "curvature": (1 - straight.mean()).item()}
 
 
-def diagnostic_warnings(found, width):
-    """Plain words for diagnostics that look like a collapse."""
+def diagnostic_warnings(found, width, term=True):
+    """Plain words for diagnostics that look like a collapse; term: whether there is one in the loss."""
     if found["effective_rank"] < 0.1 * width:
         yield f"the compared states have effective rank {found['effective_rank']:.1f}, under 10% of the width {width}: they collapse"
-    if abs(found["jepa_matched"] - found["jepa_shuffled"]) <= 0.01 * abs(found["jepa_shuffled"]):
+    if term and abs(found["jepa_matched"] - found["jepa_shuffled"]) <= 0.01 * abs(found["jepa_shuffled"]):
         yield f"the term is {found['jepa_matched']:.4f} for matched views and {found['jepa_shuffled']:.4f} for shuffled ones: it doesn't tell them apart"
 
 

@@ -65,7 +65,8 @@ class Shards:
         if both := set(files["train"]) & set(files["val"]):
             raise ValueError(f"{min(both)}: both *_train_* and *_val_* fit its name; rename it")
         shards = self.meta["shards"] if self.meta else {}
-        self.sha256 = hashlib.sha256("".join(shards[name]["sha256"] for name in sorted(shards)).encode()).hexdigest() if shards else None
+        identity = [[name, shards[name]["sha256"]] for name in sorted(shards)] + ([self.meta["doc_token"], self.meta["bytes_per_token"]] if shards else [])
+        self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest() if shards else None  # of all that val_bpb is made of
         if self.meta and (odd := {f.name for found in files.values() for f in found} ^ set(shards)):
             raise ValueError(f"{self.folder / 'meta.json'} and the shards beside it disagree on {', '.join(sorted(odd))}; make the data again")
         self.train, self.val = ([read_shard(f) for f in files[split]] for split in ("train", "val"))
@@ -119,7 +120,7 @@ class TokenData(Shards):
         self.first_row = np.cumsum([0] + [(len(tokens) - 1) // T for tokens in self.train])  # of each shard; last: all rows
         if not self.first_row[-1]:
             raise ValueError(f"no train shard of {cfg.data_path} holds a row of TRAIN_SEQ_LEN={T} tokens; lower it")
-        self.order = (None, None)  # (epoch, its permutation of rows)
+        self.epoch = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([cfg.seed, epoch]).permutation(int(self.first_row[-1])))
         self.warnings, self.least_micro_batches = [], 1  # micro-batches of a step and rank, where the config leaves it open
         self.about = f"{sum(map(len, self.train)):,} train tokens"
 
@@ -132,16 +133,14 @@ class TokenData(Shards):
         out = np.empty((count, T + 1), dtype=np.int64)
         for i in range(count):
             epoch, n = divmod(step * rows + first_row + i, total)
-            if self.order[0] != epoch:
-                self.order = epoch, np.random.default_rng([self.cfg.seed, epoch]).permutation(total)
-            row = int(self.order[1][n])
+            row = int(self.epoch(epoch)[n])
             shard = bisect.bisect_right(self.first_row, row) - 1
             start = (row - int(self.first_row[shard])) * T
             out[i] = self.train[shard][start:start + T + 1]
         out = torch.from_numpy(out)
         return out[:, :-1].contiguous(), out[:, 1:].contiguous()
 
-    def load(self, step, share, term, fraction=1.0):
+    def read(self, step, share, term, fraction=1.0):
         """This rank's micro-batches of a step, a list of Batch, with the term's views or without; and what the whole step
         costs, all ranks: (tokens, visible (query, key) pairs), for GPT.flops. fraction: of the rows, evenly spread over the
         global batch, so that the term's own pass depends on neither ranks nor accumulation."""
@@ -158,6 +157,8 @@ class TokenData(Shards):
         batches = [Batch(i, t, share.rows * T, views=tuple(views) or None) for i, t, *views in zip(*(x.split(kept) for x in parts))]
         tokens = share.rows // share.micro_rows * kept * T
         return batches, (tokens, tokens * (T + 1) // 2)
+
+    load = read  # for the next step of a run: reading ahead isn't worth it here
 
     def val_windows(self):
         """Yield idx, targets (T,) that score every token of the val split but each shard's first exactly once.
@@ -282,7 +283,7 @@ class PairData(Shards):
         documents = self.trunks("train") if self.paired else self.sets["train"].length + self.extra
         self.smallest = int(documents.min())  # of what holds a pair, or a span
         self.epoch = functools.lru_cache(maxsize=2)(self.shuffle)  # a step may lie in two epochs
-        self.thread, self.ahead = ThreadPoolExecutor(1), None
+        self.thread, self.ahead, self.in_window = ThreadPoolExecutor(1), None, True
         self.about = (f"{len(self.sets['train']):,} {self.meta['kind']} to train on, {self.trunk_tokens:,} trunk tokens: "
                       f"{self.trunk_tokens / cfg.train_batch_tokens:.1f} steps an epoch; {self.val_size:,} to validate on")
         if cfg.jepa_lambda and cfg.jepa_objective == "pair":
@@ -370,21 +371,23 @@ class PairData(Shards):
                             front=cfg.jepa_pred_position == "front", reverse=cfg.jepa_reverse, target_only=cfg.loss_on == "target", term=term)
 
     def load(self, step, share, term, fraction=1.0):
-        """As TokenData.load: here every rank packs the whole step, and fills its own micro-batches, one of the ranks in turn.
-        The next call's is packed in a thread meanwhile. fraction: of the examples."""
+        """What read returns, for the next step of a run: the one after that is packed in a thread meanwhile."""
         asked = step, share, term, fraction
-        ready = self.ahead[1].result() if self.ahead else None
-        result = ready if self.ahead and self.ahead[0] == asked else self.pack_step(*asked)
+        result = self.ahead[1].result() if self.ahead and self.ahead[0] == asked else self.read(*asked)
         cfg, kept = self.cfg, lambda n: bool(self.cfg.jepa_lambda) and jepa.keeps_term(self.cfg.seed, n, self.cfg.jepa_ratio)
         if cfg.jepa_update == "coupled":  # a guess: at worst it is packed again
             asked = step + 1, share, term if cfg.jepa_ratio == 1 else kept(step + 1), 1.0
-        else:  # a step without the term, then the term's own pass
-            asked = (step, share, True, cfg.jepa_rows_frac) if not term and kept(step) else (step + 1, share, False, 1.0)
-        self.ahead = asked, self.thread.submit(self.pack_step, *asked)
+        elif term:  # a step without the term, then the term's own pass
+            self.in_window, asked = True, (step + 1, share, False, 1.0)
+        else:  # after a step that went without its pass there will be none for a while: JEPA_START_FRAC, JEPA_END_FRAC
+            self.in_window = self.in_window and (self.ahead is None or self.ahead[0][2] is False)
+            asked = (step, share, True, cfg.jepa_rows_frac) if kept(step) and self.in_window else (step + 1, share, False, 1.0)
+        self.ahead = asked, self.thread.submit(self.read, *asked)
         return result
 
-    def pack_step(self, step, share, term, fraction):
-        """What load returns; a function of its arguments alone."""
+    def read(self, step, share, term, fraction=1.0):
+        """As TokenData.read: here every rank packs the whole step, and fills its own micro-batches, one of the ranks in turn.
+        fraction: of the examples. A function of its arguments alone."""
         cfg, T = self.cfg, self.cfg.train_seq_len
         pair, chosen = term and cfg.jepa_objective == "pair", np.array(self.examples_of(step))
         chosen = chosen[spread(max(1, round(fraction * len(chosen))), len(chosen))].tolist()

@@ -202,14 +202,15 @@ class GPT(nn.Module):
         """Next-token cross entropy in nats of targets (B, T), -1 where there is none, summed (or "none": (B*T,))."""
         return F.cross_entropy(self.logits(x).flatten(0, -2), targets.flatten(), ignore_index=-1, reduction=reduction)
 
-    def flops(self, tokens, visible_pairs, head=True):
+    def flops(self, tokens, visible_pairs, tap=None):
         """Matrix FLOPs of forward and backward over so many tokens, of which queries see so many keys in all: 6 for each
         weight of a matrix and token, 12 for each width and pair (arXiv 2001.08361, appendix B of 2204.02311). Not counted:
-        the predictor, which meets two tokens of an example. head=False: without the output head."""
-        c = self.config
-        weights = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, Linear))
-        weights += (self.embed if self.head is None else self.head).weight.numel() if head else 0
-        return 6 * weights * tokens + 12 * c.num_layers * c.model_dim * visible_pairs
+        the predictor, which meets two tokens of an example. tap: only up to the states of this layer, as _run_blocks counts;
+        what lies behind them is not in a compiled graph."""
+        blocks = self.blocks if tap in (None, -1) else self.blocks[:tap + 1]
+        weights = sum(m.weight.numel() for m in blocks.modules() if isinstance(m, Linear))
+        weights += (self.embed if self.head is None else self.head).weight.numel() if tap is None else 0
+        return 6 * weights * tokens + 12 * len(blocks) * self.config.model_dim * visible_pairs
 
     def forward(self, idx, targets):
         x, _ = self._run_blocks(idx, -1)

@@ -77,7 +77,7 @@ class Config:
     jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time", 0)
     jepa_update: str = knob("coupled", "coupled: the term is added to the loss; decoupled: its gradient has an optimizer of its own, and lambda is the size of "
                             "its update relative to the cross entropy's; costs a second graph, optimizer state and pass over JEPA_ROWS_FRAC of the rows", choices=("coupled", "decoupled"))
-    jepa_rows_frac: float = knob(0.25, "JEPA_UPDATE=decoupled: fraction of the rows (of pairs data, of the examples) that the term's own pass encodes; time grows with it", 0, 1)
+    jepa_rows_frac: float = knob(0.25, "JEPA_UPDATE=decoupled: fraction of the rows, at least one a micro-batch, that the term's own pass encodes (of pairs data, of the examples); time grows with it", 0, 1)
     jepa_objective: str = knob("span", "span: inside a row or document; pair: the two texts of a pair, or neighbours in a group", choices=("span", "pair"))
     jepa_gamma: float = knob(1.0, "weight of the cross entropy where JEPA_LAMBDA is above 0", 0)
     jepa_ratio: float = knob(1.0, "chance that a step computes the term; a step without it costs a plain one. Below 1 costs a second training graph", 0, 1)
@@ -95,7 +95,7 @@ class Config:
     jepa_reverse: bool = knob(False, "pair: 1: the second text predicts the first")
     jepa_predictor: str = knob("identity", "pair: linear: a trained model_dim x model_dim matrix on view A", choices=("identity", "linear"))
     # evaluation and logs
-    diag_every: int = knob(0, "steps between diagnostics of the term, off the clock: gradients, rank of the states, shuffled views; each costs about ten steps; 0: none", 0)
+    diag_every: int = knob(0, "steps between diagnostics of the term, off the clock: gradients, rank of the states, shuffled views; each costs about ten steps, and memory for two gradients; 0: none", 0)
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end", 0)
     eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost", 0)
     train_log_every: int = knob(20, "steps between train_loss lines; costs nothing", 1)
@@ -118,7 +118,9 @@ class Config:
                 ("jepa_layer", not -1 <= self.jepa_layer < self.num_layers, f"must be -1, or a block from 0 to {self.num_layers - 1}"),
                 ("jepa_start_frac", self.jepa_lambda and self.jepa_start_frac >= min(1, self.jepa_end_frac),
                  f"with JEPA_LAMBDA above 0 it must be below JEPA_END_FRAC={self.jepa_end_frac}, or the term never runs"),
-                ("train_seq_len", self.jepa_lambda and self.train_seq_len < 3, "a span needs rows of at least 3 tokens"),
+                ("jepa_gamma", self.jepa_lambda and self.jepa_update == "decoupled" and self.jepa_gamma != 1,
+                 "does nothing with JEPA_UPDATE=decoupled, whose optimizers take out the scale of a gradient; set JEPA_LAMBDA"),
+                ("train_seq_len", (self.jepa_lambda or self.diag_every) and self.train_seq_len < 3, "a span needs rows of at least 3 tokens"),
                 ("eval_stride", self.eval_stride > self.train_seq_len, f"must not exceed TRAIN_SEQ_LEN={self.train_seq_len}"),
                 ("run_id", not re.fullmatch(r"[\w.-]*", self.run_id), "may hold letters, digits, '_', '.' and '-' only")):
             if wrong:
@@ -182,9 +184,10 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_add_(params, list(update[:len(params)].float().unbind()), alpha=-group["lr"] * scale)
 
 
-def build_optimizers(model, cfg):
+def build_optimizers(model, cfg, decay=0.1):
     """The optimizers of one gradient: [Muon for the matrices of blocks and predictor, Adam for the rest], or [AdamW]; every parameter
-    of the model is in exactly one group. term_only: its learning rate doesn't fall with lambda, since no other update trains it."""
+    of the model is in exactly one group. term_only: its learning rate doesn't fall with lambda, since no other update trains it.
+    decay: AdamW's weight decay of the blocks' matrices."""
     matrices = [m.weight for m in model.blocks.modules() if isinstance(m, Linear)]
     predictor = [] if model.predictor is None else [model.predictor.weight]
     embeds, heads, values = ([] if m is None else [m.weight] for m in (model.embed, model.head, model.value_embed))
@@ -197,7 +200,7 @@ def build_optimizers(model, cfg):
         (scalars, cfg.scalar_lr, 1e-6)) if params]
     blocks = [dict(params=params, term_only=params is predictor) for params in (matrices, predictor) if params]
     if cfg.optimizer == "adamw":  # weight decay and betas of nanoGPT
-        blocks = [group | dict(lr=cfg.adamw_lr, initial_lr=cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=0.1) for group in blocks]
+        blocks = [group | dict(lr=cfg.adamw_lr, initial_lr=cfg.adamw_lr, betas=(0.9, 0.95), weight_decay=0.0 if group["term_only"] else decay) for group in blocks]
         return [torch.optim.AdamW(groups + blocks, betas=(0.8, 0.95), weight_decay=0.0, fused=True)]
     return [Muon(blocks, cfg.matrix_lr, cfg.muon_momentum, model.config.dtype), torch.optim.Adam(groups, betas=(0.8, 0.95), fused=True)]
 
@@ -237,10 +240,12 @@ def training_loss(model, cfg, batch, jepa_lambda=None, part="all"):
     batch: a loader.Batch. Its num_targets and the weights in its views are of the global batch, so that micro-batches and
     ranks add up to its means. jepa_lambda: 0-dim tensor; views None: no term, and not a trace of it in the graph.
     Returns (CE,), or (gamma * CE + lambda * JEPA, CE, JEPA), the last two detached; without the term CE times gamma too.
-    part: "term": (JEPA,) alone, for the decoupled update; "views": what jepa_views returns, for share_infonce.
+    part: "term": (JEPA,) alone, for the decoupled update; "views": what jepa_views returns, for share_infonce; "states": (h,).
     """
     mask = None if batch.ends is None else tree_mask(batch.ends)
     x, h = model._run_blocks(batch.idx, cfg.jepa_layer, batch.positions, mask)
+    if part == "states":
+        return (h,)
     if part == "views":
         return jepa_views(model, cfg, h, batch.views)
     if part == "term":
@@ -262,15 +267,20 @@ def jepa_term(model, cfg, h, batch):
     return (u * batch.pull[0] + v * batch.pull[1]).sum()  # its gradient is that of the whole step's term, its value means nothing
 
 
+def compares_normed(cfg):
+    """Whether the states that are compared are those after the final norm."""
+    return cfg.jepa_norm == 1 or cfg.jepa_norm == -1 and cfg.jepa_objective == "pair"
+
+
 def jepa_views(model, cfg, h, views):
     """What jepa.distance compares of the tapped states h (B, T, D), where a Batch's views say: (view A, view B, weight, floor, group)."""
     if cfg.jepa_objective == "span":
         a, b, start, end, weight = views
-        h = norm(h) if cfg.jepa_norm == 1 else h
+        h = norm(h) if compares_normed(cfg) else h
         return *jepa.span_views(h, a, b, start, end), weight, jepa.noise_floor(h, b), None
     a, b, weight, group = views
     u, v = jepa.pair_views(h, a, b)
-    if cfg.jepa_norm:
+    if compares_normed(cfg):
         u, v = norm(u), norm(v)
     return u if model.predictor is None else model.predictor(u), v, weight, None, group
 
@@ -303,15 +313,15 @@ def gather_ranks(tensor):
     return parts
 
 
-def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, part="all", fraction=1.0):
+def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, part="all", fraction=1.0, ahead=True):
     """Forward and backward of this rank's share of a step; gradients are left in .grad, to be summed over the ranks.
 
     loss_fn: training_loss, compiled or not. jepa_lambda: float, or None for no term. part: "all", or "term" for the term
-    alone, of weight 1, on this fraction of the rows. Returns the global mean losses, a tensor (CE,), (CE, JEPA) or (JEPA,)
-    on the device, and the FLOPs over all ranks.
+    alone, of weight 1, on this fraction of the rows. ahead=False: a look, not a step of the run. Returns the global mean
+    losses, a tensor (CE,), (CE, JEPA) or (JEPA,) on the device, and the FLOPs over all ranks.
     """
     term = jepa_lambda is not None
-    batches, cost = data.load(step, share, term, fraction)
+    batches, cost = (data.load if ahead else data.read)(step, share, term, fraction)
     batches = [batch.to(share.device) for batch in batches]
     weight = torch.full((), jepa_lambda, device=share.device) if term else None  # a fill: a copy from the host would wait for the GPU
     infonce = share_infonce(model, loss_fn, cfg, batches, share) if term and cfg.jepa_distance == "infonce" else None
@@ -324,7 +334,8 @@ def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, pa
         dist.all_reduce(losses)
     if infonce is not None:
         losses[-1] = infonce
-    return losses, model.flops(*cost, head=part == "all") + (model.flops(*cost, head=False) / 3 if infonce is not None else 0)
+    flops = model.flops(*cost) if part == "all" else model.flops(*cost, tap=cfg.jepa_layer)
+    return losses, flops + (model.flops(*cost, tap=cfg.jepa_layer) / 3 if infonce is not None else 0)
 
 
 def apply_gradients(optimizers, progress, cfg, weight=1.0):
@@ -342,8 +353,8 @@ def apply_gradients(optimizers, progress, cfg, weight=1.0):
 
 
 def build_updates(model, cfg):
-    """What training_step moves the weights by: the optimizers of the loss, and with JEPA_UPDATE=decoupled those of the term."""
-    return [build_optimizers(model, cfg) for _ in range(2 if cfg.jepa_lambda and cfg.jepa_update == "decoupled" else 1)]
+    """What training_step moves the weights by: the optimizers of the loss, and with JEPA_UPDATE=decoupled those of the term, which decay nothing."""
+    return [build_optimizers(model, cfg)] + ([build_optimizers(model, cfg, decay=0.0)] if cfg.jepa_lambda and cfg.jepa_update == "decoupled" else [])
 
 
 def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_lambda):
@@ -369,13 +380,14 @@ def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jep
 def diagnose(model, loss_fn, cfg, data, share, step):
     """What the term does at these weights, a dict of numbers; the run goes on as if it had not been asked.
 
-    grad_ratio, grad_cosine: norm of the weighted term's gradient over that of the cross entropy, and their cosine, over the
-    whole step. Of the first micro-batches of DIAG_STEPS steps: jepa_matched, jepa_shuffled (each view with that of another
-    pair or span), jepa_independent (the term of random states), and jepa.state_statistics of the states compared.
+    grad_ratio, grad_cosine: norm of JEPA_LAMBDA times the term's gradient over that of JEPA_GAMMA times the cross entropy's, and
+    their cosine, over the whole step; None where one is zero. Of the first micro-batches of DIAG_STEPS steps: jepa_matched,
+    jepa_shuffled (each view with that of another pair or span), jepa_independent (the term of random states), and of the first
+    of them jepa.state_statistics. ValueError where states are not finite.
     """
     gradients = []
     for part, weight in (("all", None), ("term", cfg.jepa_lambda)):
-        accumulate_gradients(model, loss_fn, cfg, data, share, step, weight, part)
+        accumulate_gradients(model, loss_fn, cfg, data, share, step, weight, part, ahead=False)
         gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
         model.zero_grad()
         if share.world_size > 1:
@@ -383,24 +395,28 @@ def diagnose(model, loss_fn, cfg, data, share, step):
                 dist.all_reduce(g)
     dot = lambda a, b: sum((x.double() * y.double()).sum().item() for x, y in zip(a, b))
     ce, term = gradients
-    lengths = [dot(g, g) ** 0.5 or math.inf for g in gradients]  # a gradient of zero: ratio and cosine 0
-    found = {"grad_ratio": cfg.jepa_lambda * dot(term, term) ** 0.5 / lengths[0], "grad_cosine": dot(ce, term) / lengths[0] / lengths[1]}
+    a, b = dot(ce, ce) ** 0.5, dot(term, term) ** 0.5
+    found = {"grad_ratio": cfg.jepa_lambda * b / a if a else None, "grad_cosine": dot(ce, term) / a / b if a and b else None}
 
-    own, independent, generator = [], [], torch.Generator().manual_seed(cfg.seed)
+    own, independent, generator = [], [], torch.Generator(share.device).manual_seed(cfg.seed)
     with torch.no_grad():
         for n in range(DIAG_STEPS):
-            batch = data.load(step + n, share, True)[0][0].to(share.device)
-            _, h = model._run_blocks(batch.idx, cfg.jepa_layer, batch.positions, None if batch.ends is None else tree_mask(batch.ends))
+            batch = data.read(step + n, share, True)[0][0].to(share.device)
+            (h,) = loss_fn(model, cfg, batch, None, "states")
+            if not h.isfinite().all():
+                raise ValueError(f"non-finite states at step {step}: lower the learning rates or JEPA_LAMBDA")
             if n == 0:
-                found |= jepa.state_statistics(h, batch.idx != data.doc_token)
-            noise = torch.randn(h.shape, generator=generator).to(h) * h.float().square().mean().sqrt().to(h)
+                found |= jepa.state_statistics(norm(h) if compares_normed(cfg) else h, batch.idx != data.doc_token, batch.positions)
+            noise = torch.randn(h.shape, generator=generator, device=h.device, dtype=h.dtype) * h.float().square().mean().sqrt().to(h)
             for views, states in ((own, h), (independent, noise)):
-                u, v, weight, floor, _ = jepa_views(model, cfg, states, batch.views)
+                u, v, weight, floor, group = jepa_views(model, cfg, states, batch.views)
                 kept = weight.flatten() > 0
-                views.append([t.flatten(0, -2)[kept] for t in (u, v)] + [torch.zeros(int(kept.sum())).to(u) if floor is None else floor.flatten()[kept]])
-        u, v, floor = map(torch.cat, zip(*own))
-        terms = {"matched": (u, v, floor), "shuffled": (u, v.roll(len(v) // 2, 0), floor), "independent": tuple(map(torch.cat, zip(*independent)))}
-    return found | {f"jepa_{name}": jepa.distance(u, v, cfg.jepa_distance, floor=floor).item() for name, (u, v, floor) in terms.items()}
+                views.append([None if t is None else t[kept] for t in (u.flatten(0, -2), v.flatten(0, -2), floor if floor is None else floor.flatten(), group)])
+    join = lambda parts: [None if x[0] is None else torch.cat(x) for x in zip(*parts)]
+    (u, v, floor, group), random_states = join(own), join(independent)
+    for name, (x, y, floor, group) in {"matched": (u, v, floor, group), "shuffled": (u, v.roll(len(v) // 2, 0), floor, None), "independent": random_states}.items():
+        found[f"jepa_{name}"] = jepa.distance(x, y, cfg.jepa_distance, floor=floor, group=group).item()
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -477,7 +493,7 @@ class RunLog:
         if self.rank:
             return
         ms = 1000 * train_time
-        shown = " ".join(f"{k}:{v:.4f}" for k, v in values.items() if v is not None)
+        shown = " ".join(f"{k}:{v:.4f}" if abs(v) >= 0.01 else f"{k}:{v:.3g}" for k, v in values.items() if v is not None)
         self.line(f"step:{step}/{self.iterations} {shown} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
         row = {"step": step, **values, **more, "train_time": train_time}
         with open(self.folder / "metrics.jsonl", "a") as f:
@@ -588,18 +604,22 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log):
     while True:
         progress = run_progress(cfg, step, flops, clock, share)
         done = progress >= 1
-        if cfg.diag_every and (done or step % cfg.diag_every == 0):
+        diagnosed = cfg.diag_every and (done or step % cfg.diag_every == 0)
+        validated = done or (cfg.val_loss_every and step and step % cfg.val_loss_every == 0)
+        if pending and (diagnosed or validated):
+            settle(pending)
+            pending = None
+        if diagnosed:
             clock.stop()
             found = diagnose(model, loss_fn, cfg, data, share, step)
             log.metrics(step, clock.passed, found)
             result |= found  # those of the end stay
-            for warning in jepa.diagnostic_warnings(found, cfg.model_dim):
+            for warning in jepa.diagnostic_warnings(found, cfg.model_dim, bool(cfg.jepa_lambda)):
                 log.line(f"warning: step {step}: {warning}")
+            if share.world_size > 1:
+                dist.barrier()  # as before the first step
             clock.start()
-        if done or (cfg.val_loss_every and step and step % cfg.val_loss_every == 0):
-            if pending:
-                settle(pending)
-                pending = None
+        if validated:
             clock.stop()
             val_loss, val_bpb = evaluate(model, eval_fn, data, share, log)
             log.metrics(step, clock.passed, {"val_loss": val_loss, "val_bpb": val_bpb})

@@ -185,8 +185,8 @@ def split_documents(documents, val_fraction, train_fraction, held_out):
     size = min(len(unique) - 1, math.ceil(val_fraction * len(unique)))
     val, rest = unique[:size], unique[size:]
     left = len(rest) - math.ceil(train_fraction * len(rest))
-    if held_out and left < size or not rest:
-        raise SystemExit(f"error: the source holds {len(unique)} documents, too few to hold {size} out; lower --train-fraction or --val-fraction")
+    if held_out and left < size or not size:
+        raise SystemExit(f"error: the source holds {len(unique)} documents, too few to hold {max(1, size)} out; lower --train-fraction")
     return len(digests), {"val": set(rest[:size] if held_out else val), "train": set(rest[left:])}
 
 
@@ -253,6 +253,8 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
 
     table = token_bytes(encoding)
     write_ranks(work / "tokenizer.tiktoken", table)
+    if train_fraction < 1:
+        source += f", {train_fraction:g} of the training documents" + (", validated on others of them" if held_out else "")
     write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str},
                table=table, doc_token=marker, shards=shards, source=source, licence=licence)
     os.replace(work, out)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 import ablate
+import train_gpt
 import hf
 from ablate import Arm
 from conftest import ROOT, TINY
@@ -313,6 +314,10 @@ def test_a_run_is_another_one_where_anything_that_makes_it_is(tmp_path, monkeypa
     assert of_file.folder != changed.folder and source(changed, "model.py") == "# edited\n" != source(of_file, "model.py") and source(changed, "jepa.py") == "x"
 
 
+def test_a_run_s_name_covers_all_that_is_counted_as_source():
+    assert set(ablate.CODE[GPT]) == set(train_gpt.SOURCES)
+
+
 def test_runs_are_interleaved_over_the_arms(tmp_path):
     arms, runs = planned(tmp_path, arms=["jepa_lambda=0.1,0.2"], seeds=2, first_seed=4)
     assert [(run.arm.label, run.seed) for run in runs] == [(f"jepa_lambda={weight}", seed) for seed in (4, 5) for weight in ("0", "0.1", "0.2")]
@@ -434,14 +439,18 @@ def test_a_planted_gain_is_found_and_a_planted_null_is_not():
 
 
 def test_the_best_arms_of_a_grid(tmp_path, capsys):
-    """One arm for every combination of the other settings; arms without a result don't count; the better direction is the metric's."""
-    means = {"jepa_lambda=0": 3.0, "jepa_lambda=1 jepa_update=decoupled": 2.0, "jepa_lambda=2 jepa_update=decoupled": 1.0, "jepa_lambda=3 jepa_update=decoupled": None, "jepa_lambda=4": 4.0}
-    rows = [{"arm": label, "settings": [s.split("=") for s in label.split()], "files": [], "mean": mean} for label, mean in means.items()]
+    """One arm for every combination of the other settings; a grid that isn't finished is refused; the better direction is the metric's."""
+    means = {"jepa_lambda=0": 3.0, "jepa_lambda=1 jepa_update=decoupled": 2.0, "jepa_lambda=2 jepa_update=decoupled": 1.0, "jepa_lambda=4": 4.0}
+    rows = [{"arm": label, "settings": [s.split("=") for s in label.split()], "files": [], "mean": mean, "failed": 0} for label, mean in means.items()]
     for metric, expected in (("val_bpb", ["jepa_lambda=0", "jepa_lambda=2 jepa_update=decoupled"]), ("startswith", ["jepa_lambda=4", "jepa_lambda=1 jepa_update=decoupled"])):
         (tmp_path / "result.json").write_text(json.dumps({"tables": [{"metric": metric, "arms": rows}]}))
         ablate.main(["best", str(tmp_path), "--over", "JEPA_LAMBDA"])
         assert capsys.readouterr().out.split("\n")[:-1] == expected
         assert [arm.label for arm in ablate.parse_arms([], GPT, expected)][-2:] == expected  # what --arm reads
+    rows[1]["failed"] = 1
+    (tmp_path / "result.json").write_text(json.dumps({"tables": [{"metric": metric, "arms": rows}]}))
+    with pytest.raises(SystemExit, match="error: not all runs of jepa_lambda=1 jepa_update=decoupled have a startswith"):
+        ablate.main(["best", str(tmp_path), "--over", "JEPA_LAMBDA"])
 
 
 def test_misuse_is_one_line(tmp_path):

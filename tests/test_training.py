@@ -1,4 +1,5 @@
 """The training step really used: its graphs, its sums over micro-batches and ranks, its schedule, its optimizers."""
+import json
 import math
 
 import numpy as np
@@ -103,8 +104,8 @@ def test_ratio_drops_the_term_from_whole_steps(data_path):
     assert len(whole.curve("jepa_loss")) == 10
 
 
-def test_warm_up_leaves_no_trace(data_path):
-    late = dict(jepa_lambda=0.1, jepa_start_frac=0.5)
+@pytest.mark.parametrize("late", [dict(jepa_lambda=0.1, jepa_start_frac=0.5), dict(jepa_lambda=0.1, jepa_update="decoupled", diag_every=3)])
+def test_warm_up_leaves_no_trace(data_path, late):
     _, cold = train_in_process(make_config(data_path, **late))
     _, warm = train_in_process(make_config(data_path, **late), train_gpt.training_loss, warm_up=True)
     assert cold.rows == warm.rows
@@ -174,7 +175,6 @@ def test_two_ranks_with_unequal_span_counts_equal_one_compiled(data_path, run_id
     for name, ranks, accum_flag in ((one, 0, 1), (two, 2, accum)):
         done = run_cli(data_path, *flags, f"--grad_accum_steps={accum_flag}", f"--run_id={name}", ranks=ranks)
         assert done.returncode == 0, done.stderr[-2000:]
-    import json
     curves = [[json.loads(line) for line in open(train_gpt.ROOT / "logs" / name / "metrics.jsonl")] for name in (one, two)]
     assert len(curves[0]) == len(curves[1]) == 7
     for x, y in zip(*curves):
@@ -182,6 +182,21 @@ def test_two_ranks_with_unequal_span_counts_equal_one_compiled(data_path, run_id
             assert x[key] == pytest.approx(y[key], rel=2e-4)
     for key in ("val_loss", "val_bpb", "quantized_val_bpb"):
         assert result_of(one)[key] == pytest.approx(result_of(two)[key], rel=2e-4)
+
+
+@pytest.mark.parametrize("flags", [["--jepa_update=decoupled"], ["--jepa_update=decoupled", "--optimizer=adamw", "--jepa_layer=0"]])
+def test_two_ranks_with_an_update_of_the_term_s_own_and_diagnostics_equal_one(data_path, run_id, flags):
+    """Rank 0 of two has the rows of the first of one's two micro-batches, on which the diagnostics of states are."""
+    one, two = f"{run_id}-one", f"{run_id}-two"
+    for name, ranks, accum in ((one, 0, 2), (two, 2, 1)):
+        done = run_cli(data_path, *flags, "--jepa_lambda=0.3", "--iterations=4", "--diag_every=2", f"--grad_accum_steps={accum}", f"--run_id={name}", ranks=ranks, env={"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+    curves = [[json.loads(line) for line in open(train_gpt.ROOT / "logs" / name / "metrics.jsonl")] for name in (one, two)]
+    assert len(curves[0]) == len(curves[1]) == 4 + 3 + 1
+    for x, y in zip(*curves):
+        for key in x.keys() - {"train_time"}:
+            assert x[key] == pytest.approx(y[key], rel=2e-3, abs=1e-4), key  # cosines of differences of states lose digits
+    assert result_of(one)["grad_ratio"] == pytest.approx(curves[0][-2]["grad_ratio"])  # the last ones
 
 
 def test_two_compiled_runs_on_two_threads_are_identical(data_path, run_id):
@@ -297,12 +312,24 @@ def test_a_decoupled_step_is_the_plain_step_and_then_one_of_the_term(data_path, 
         value.backward()
         for o in term:
             for group in o.param_groups:
-                group["lr"] = 0.3 * group["initial_lr"]
+                group["lr"], group["weight_decay"] = 0.3 * group["initial_lr"], 0.0
             o.step()
             o.zero_grad()
         torch.testing.assert_close(losses, torch.stack((expected[0], value.detach())), rtol=1e-5, atol=1e-6)
     for (name, p), q in zip(model.named_parameters(), slow.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)  # float32 sums in another order, three steps
+
+
+def test_a_term_without_a_gradient_moves_nothing_however_large_its_weight(data_path):
+    """Its AdamW has no weight decay of its own: the cross entropy's has done that."""
+    cfg, data, share, model = setup(data_path, optimizer="adamw", jepa_lambda=5.0, jepa_update="decoupled")
+    _, updates = shaken(model), train_gpt.build_updates(model, cfg)
+    before = [p.detach().clone() for p in model.parameters()]
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    train_gpt.apply_gradients(updates[1], 0.0, cfg, 5.0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+    assert [group["weight_decay"] for group in updates[0][0].param_groups].count(0.1) == 1
 
 
 def test_decoupled_with_next_to_no_weight_is_the_plain_run_and_its_plain_graph(data_path):
@@ -338,7 +365,8 @@ def test_the_rows_of_the_term_depend_on_neither_ranks_nor_accumulation(data_path
 
 
 def test_adamw_has_every_parameter_once_and_weight_decay_for_the_matrices_alone(data_path):
-    cfg, data, share, model = setup(data_path, optimizer="adamw", adamw_lr=0.002, jepa_predictor="linear", jepa_objective="pair", jepa_lambda=0.0)
+    cfg, data, share, model = setup(data_path, optimizer="adamw", adamw_lr=0.002, jepa_predictor="linear", jepa_objective="pair", jepa_lambda=0.1)
+    assert model.predictor is not None
     (optimizer,) = train_gpt.build_optimizers(model, cfg)
     assert sorted(id(p) for g in optimizer.param_groups for p in g["params"]) == sorted(map(id, model.parameters()))
     matrices = {id(m.weight) for m in model.blocks.modules() if isinstance(m, Linear)}
@@ -368,6 +396,20 @@ def test_diagnostics_against_gradients_written_out_and_the_run_is_untouched(data
             for loss in (ce, term))
     assert found["grad_ratio"] == pytest.approx((j.norm() / g.norm()).item(), rel=1e-4)
     assert found["grad_cosine"] == pytest.approx((j @ g / j.norm() / g.norm()).item(), abs=1e-4)
+    views = []  # of the first micro-batch of eight steps: here half of the rows
+    for step in range(5, 13):
+        rows = data.batch(step, share.rows, 0, share.rows)[0][:share.micro_rows]
+        *at, weight = loader.draw_spans(cfg, data, share, step, data.batch(step, share.rows, 0, share.rows)[0])
+        h = model._run_blocks(rows, -1)[1].detach()
+        u, v = jepa.span_views(h, *(x[:share.micro_rows] for x in at))
+        floor = jepa.noise_floor(h, at[1][:share.micro_rows])
+        views += [(u[i, s], v[i, s], floor[i, s]) for i in range(len(rows)) for s in range(2) if weight[i, s] > 0]
+    cosine = lambda u, v, least: float(u @ v / u.norm() / v.norm()) if u.norm() > least and v.norm() > least else 0.0
+    matched = [1 - cosine(u, v, least) for u, v, least in views]
+    shuffled = [1 - cosine(u, views[i - len(views) // 2][1], least) for i, (u, _, least) in enumerate(views)]
+    assert found["jepa_matched"] == pytest.approx(sum(matched) / len(views), rel=1e-4)
+    assert found["jepa_shuffled"] == pytest.approx(sum(shuffled) / len(views), rel=1e-4) and abs(found["jepa_shuffled"] - found["jepa_matched"]) > 0.1
+    assert not list(jepa.diagnostic_warnings(found, cfg.model_dim))
     assert 1 <= found["effective_rank"] <= 32 and 1.45 < found["jepa_independent"] < 1.75  # 1.707, and 1.5 where a span touches its fragment's end
     plain, watched = (train_in_process(make_config(data_path, jepa_lambda=0.1, iterations=7, diag_every=every)) for every in (0, 3))
     names = set(found)
@@ -393,6 +435,16 @@ def test_a_model_of_constant_states_is_warned_of(data_path):
     assert len(warnings) == 2 and "effective rank 1.0, under 10% of the width 32" in warnings[0] and "doesn't tell them apart" in warnings[1]
     _, log = train_in_process(make_config(data_path, jepa_lambda=0.1, diag_every=4))
     assert not any("effective rank" in line for line in log.lines)
+    _, off = train_in_process(make_config(data_path, jepa_lambda=0.0, diag_every=4, embed_lr=0.0))
+    assert not any("tell them apart" in line for line in off.lines)  # there is no term
+
+
+def test_states_that_are_not_finite_stop_the_run_in_one_line(data_path):
+    cfg, data, share, model = setup(data_path, jepa_lambda=0.1, diag_every=1)
+    with torch.no_grad():
+        model.blocks[0].fc.weight.fill_(math.nan)
+    with pytest.raises(ValueError, match="non-finite states at step 7: lower the learning rates"):
+        train_gpt.diagnose(model, train_gpt.training_loss, cfg, data, share, 7)
 
 
 # ---- optimizers
