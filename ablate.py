@@ -432,7 +432,7 @@ def run_grid(argv):
     args, flags = parser.parse_known_args(argv)
     for wrong, message in ((args.seeds < 1 or args.jobs < 1, f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1"),
                            (args.first_seed < 0, f"--first_seed {args.first_seed}: must be at least 0"),
-                           (args.baseline is not None and not args.budget, "--baseline needs a --budget: arms that aren't twins may differ in length"),
+                           (args.baseline is not None and not args.budget and args.script == "train_gpt.py", "--baseline needs a --budget: arms that aren't twins may differ in length"),
                            (not args.arms and not args.arm, "no arms: give --arms NAME=V,V or --arm NAME=V"),
                            (not re.fullmatch(r"[\w.-]+", args.name), f"--name {args.name}: may hold letters, digits, '_', '.' and '-' only"),
                            (args.config and not Path(args.config).is_file(), f"--config {args.config}: no such file"),

@@ -55,7 +55,7 @@ class General:
     wandb_entity: str = knob("", "its entity")
     wandb_group: str = knob("", "its group")
     wandb_tags: str = knob("", "its tags, separated by commas")
-    wandb_mode: str = knob("online", "online, offline or disabled")
+    wandb_mode: str = knob("online", "online, offline or disabled", choices=("online", "offline", "disabled"))
 
 
 @dataclass
@@ -66,7 +66,8 @@ class Model:
     pretrain: bool = knob(False, "start from random weights")
     cache_dir: str = knob("", "where downloaded models lie")
     trust_remote_code: bool = knob(False, "run Python code that comes with the model")
-    attn_implementation: str = knob("auto", "sdpa or eager (a dense mask, T numbers a token), flex_attention (CUDA), or auto: flex_attention where model and device have it and max_length is above 1,024")
+    attn_implementation: str = knob("auto", "sdpa or eager (a dense mask, T numbers a token), flex_attention (CUDA), or auto: flex_attention where model and device have it and max_length is above 1,024",
+                                    choices=("auto", "sdpa", "eager", "flex_attention"))
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Data:
     train_split: str = knob("", "its split; empty: train, and for eval_file test")
     max_length: int = knob(512, "tokens a document may have; what is longer is cut, and counted", 8)
     predictors: int = knob(0, "[PRED] tokens that continue view A; each one more token an example", 0, jepa.MAX_PRED_TOKENS)
-    views: str = knob("prefix", "of pairs: prefix, view A is the conversation up to the user's text, which costs nothing; standalone, each view is a conversation of its own")
+    views: str = knob("prefix", "of pairs: prefix, view A is the conversation up to the user's text, which costs nothing; standalone, each view is a conversation of its own", choices=("prefix", "standalone"))
     train_all: bool = knob(False, "cross entropy on every token, not on the assistant's alone")
     plain: bool = knob(False, "no chat template: the user's text, a line break, the assistant's, an end token")
     remove_thinking: bool = knob(True, "drop <think> and <Thought> passages and <Output>, <Answer> tags of the assistant's text")
@@ -121,7 +122,7 @@ class Training:
     additive_mask: bool = knob(False, "one forward pass for all views; that is so anyway")
     memory_efficient: bool = knob(False, "one example at a time and activation checkpointing: same loss, less memory, slower")
     gradient_checkpointing: bool = knob(False, "compute activations again in the backward pass: a third more time, much less memory")
-    dtype: str = knob("bf16", "of the computation: bf16, fp16 (CUDA) or float32; weights that are trained are float32")
+    dtype: str = knob("bf16", "of the computation: bf16, fp16 (CUDA) or float32; weights that are trained are float32", choices=tuple(DTYPES))
     optimizer: str = knob("adamw_8bit", "of TrainingArguments.optim; an 8-bit one needs CUDA and bitsandbytes, adamw_torch_fused is taken without them")
     fsdp: bool = knob(False, "shard weights, gradients and optimizer over the processes (FSDP2)")
     resume: str = knob("", "continue from this checkpoint; auto: from output_dir's newest, if there is one")
@@ -140,17 +141,12 @@ class Config:
             if sum(getattr(t, name) for name in names) > 1:
                 raise ValueError(f"training: choose one of {', '.join(name for name in names if getattr(t, name))}")
         for wrong, message in (
-                (t.dtype not in DTYPES, f"training.dtype={t.dtype}: must be one of {', '.join(DTYPES)}"),
-                (d.views not in ("prefix", "standalone"), f"dataset.views={d.views}: must be prefix or standalone"),
-                (self.model.attn_implementation not in ("auto", "sdpa", "eager", "flex_attention"),
-                 f"model.attn_implementation={self.model.attn_implementation}: must be auto, sdpa, eager or flex_attention"),
                 (not (t.jepa_ratio == -1 or 0 < t.jepa_ratio <= 1), f"training.jepa_ratio={t.jepa_ratio}: must be -1, or above 0 and at most 1"),
                 (t.last_token > 0, f"training.last_token={t.last_token}: must be -1 or less, counted from the end, or 0"),
                 (t.span and (d.predictors or t.front_pred or t.reverse_pred or t.last_token), "training.span: its two vectors are differences of states; "
                  "dataset.predictors, front_pred, reverse_pred and last_token belong to the other objectives"),
                 (d.data_file and d.eval_file, "dataset.eval_file: data_file is split into train and eval; give train_file with it"),
-                (d.data_file and d.eval_split == 1, "dataset.eval_split=1: leaves nothing to train on"),
-                (self.general.wandb_mode not in ("online", "offline", "disabled"), f"general.wandb_mode={self.general.wandb_mode}: must be online, offline or disabled")):
+                (d.data_file and d.eval_split == 1, "dataset.eval_split=1: leaves nothing to train on")):
             if wrong:
                 raise ValueError(message)
 

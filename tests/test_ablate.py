@@ -454,7 +454,7 @@ def test_the_best_arms_of_a_grid(tmp_path, capsys):
 
 
 def test_misuse_is_one_line(tmp_path):
-    for flags, message in [(["--arms", "JEPA_LAMBDA=0.1", "--seeds", "0"], "--seeds 0"), (["--arms", "JEPA_LAMBDA=0.1", "--config", "no.yaml"], "no.yaml: no such file"),
+    for flags, message in [(["--arms", "JEPA_LAMBDA=0.1", "--seeds", "0"], "--seeds 0"), (["--arm", "JEPA_LAMBDA=1", "--baseline", "JEPA_LAMBDA=0"], "--baseline needs a --budget"), (["--arms", "JEPA_LAMBDA=0.1", "--config", "no.yaml"], "no.yaml: no such file"),
                            (["--arms", "JEPA_LAYER=9"], "JEPA_LAYER=9: must be -1"), (["--arms", "JEPA_LAMDA=0.1"], "unknown argument --jepa_lamda=0.1; did you mean jepa_lambda"),
                            (["--arms", "JEPA_LAMBDA=0.1", "--num_layer", "3"], "unknown argument --num_layer"), (["--arms", "lbbd=0.1", "--script", "finetune.py"], "did you mean lbd"),
                            (["--seeds", "3"], "no arms: give --arms"), (["--arm", "JEPA_LAMBDA=0.1", "--name", "a b"], "--name a b: may hold"),

@@ -649,7 +649,7 @@ def test_yaml_then_flag_and_what_is_refused(tmp_path):
             load_sections(finetune.Config, ["--config", str(file), "--train_file", "x"], finetune.ALIASES)
     for flags, message in [(["--cache_dir", "c"], "say --model.cache_dir or --dataset.cache_dir"), (["--preditors", "1"], r"unknown argument --preditors; did you mean predictors\?"),
                            (["--step_jepa", "--span"], "choose one of step_jepa, span"), (["--jepa_l2", "--infonce"], "choose one of jepa_l2, infonce"), (["--jepa_ratio", "0"], "jepa_ratio=0.0"),
-                           (["--dtype", "int8"], "training.dtype=int8: must be one of"),
+                           (["--dtype", "int8"], "training.dtype=int8: must be bf16, fp16 or float32"),
                            (["--predictors", "11"], "dataset.predictors=11: must be at least 0 and at most 10"), (["--span", "--predictors", "1"], "training.span: its two vectors"),
                            (["--views", "both"], "dataset.views=both"), (["--wandb_mode", "x"], "general.wandb_mode=x")]:
         with pytest.raises(ValueError, match=message):
