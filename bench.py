@@ -243,6 +243,7 @@ def main():
         print(*warnings, sep="\n", end="\n" if warnings else "")
         rank, world_size, device = train_gpt.start_process()
         cfg.jepa_lambda = cfg.jepa_lambda or 0.1
+        coupled, decoupled = (dataclasses.replace(cfg, jepa_update=update) for update in ("coupled", "decoupled"))
         data = open_data(cfg)
         share = train_gpt.divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
         model = train_gpt.build_model(cfg, data.vocab_size, device)
@@ -251,7 +252,6 @@ def main():
     except ValueError as e:
         raise SystemExit(f"error: {e}") from None
     compiled = torch.compile(train_gpt.training_loss, fullgraph=True, dynamic=False)
-    coupled, decoupled = (dataclasses.replace(cfg, jepa_update=update) for update in ("coupled", "decoupled"))
     updates = train_gpt.build_updates(model, decoupled)
     variants = {"off": (compiled, coupled, None), "span": (compiled, coupled, cfg.jepa_lambda), "decoupled": (compiled, decoupled, cfg.jepa_lambda),
                 "off again": (compiled, coupled, None), "eager": (train_gpt.training_loss, coupled, None)}
