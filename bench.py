@@ -243,7 +243,7 @@ def main():
         print(*warnings, sep="\n", end="\n" if warnings else "")
         rank, world_size, device = train_gpt.start_process()
         cfg.jepa_lambda = cfg.jepa_lambda or 0.1
-        coupled, decoupled = (dataclasses.replace(cfg, jepa_update=update) for update in ("coupled", "decoupled"))
+        coupled, decoupled = dataclasses.replace(cfg, jepa_update="coupled"), dataclasses.replace(cfg, jepa_update="decoupled", jepa_gamma=1.0)
         data = open_data(cfg)
         share = train_gpt.divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
         model = train_gpt.build_model(cfg, data.vocab_size, device)
