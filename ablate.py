@@ -87,7 +87,7 @@ def parse_arm(items, script, where):
             raise ValueError(f"{where}: {name} is no file of the project's own folder")
         if mark == ":" and not Path(value).is_file():
             raise ValueError(f"{where}: {value} is no file")
-        name, value = (name, str(Path(value).resolve())) if mark == ":" else (name.lower(), value)
+        name = name if mark == ":" else name.lower()
         if mark == "=" and script == "finetune.py":  # where a key has several names
             import finetune
             name = finetune.ALIASES.get(name, name).rpartition(".")[2]
@@ -204,7 +204,7 @@ def plan(args, flags, out):
     """(Arms, their Runs, interleaved). A run's name holds a digest of all that makes its result: settings wherever they come from, inputs, source."""
     arms, named, runs = parse_arms(args.arms, args.script, args.arm, args.baseline), {}, []
     check_arms(arms, args.script, args.budget)
-    flags = [*([f"--config={Path(args.config).resolve()}"] if args.config else []), *flags, *(budget_flags(args.budget, args.script) if args.budget else [])]
+    flags = [*([f"--config={args.config}"] if args.config else []), *flags, *(budget_flags(args.budget, args.script) if args.budget else [])]
     for seed, arm in itertools.product(range(args.first_seed, args.first_seed + args.seeds), arms):
         replaced, given = dict(arm.files), [flag.replace("{seed}", str(seed)) for flag in (*flags, *(f"--{key}={value}" for key, value in arm.settings))]
         settings, origin = effective(given, args.script)
@@ -230,7 +230,7 @@ def execute(run, args, gpu):
         run.folder.rename(run.folder.with_name(f"{run.folder.name}.stopped{time.strftime('%Y%m%d-%H%M%S')}"))
     if args.evaluate:  # by the arm's own source, as its files may have changed the model
         of = ["--run", run.folder] if args.script == "train_gpt.py" else ["--model", run.folder, "--output", run.evaluation.with_suffix(".jsonl")]
-        evaluate = [sys.executable, Path(run.command[1]).with_name("evaluate.py"), *of, "--data", Path(args.evaluate).resolve(), *(["--task", args.task] if args.task else [])]
+        evaluate = [sys.executable, Path(run.command[1]).with_name("evaluate.py"), *of, "--data", args.evaluate, *(["--task", args.task] if args.task else [])]
         steps.append([str(part) for part in evaluate])
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
     with open(run.log, "ab") as log:
