@@ -332,7 +332,7 @@ def summarise(arms, runs, script, metric, baseline=None):
                       if row["twin"] is None and row["sd"] is not None)
     line = f"{metric} of the {'baseline' if baseline else 'twin'}, {known}" if known else f"{metric}: too few finished runs for a spread"
     if spreads:
-        smallest = detectable(statistics.fmean(v for v, _ in spreads) ** 0.5, min(n for _, n in spreads))
+        smallest = detectable(statistics.median(v for v, _ in spreads) ** 0.5, min(n for _, n in spreads))  # of a typical arm
         line += f"; the smallest difference that this grid could have found (80% power): {smallest:.2g}"
     if few:
         line += ". Fewer than 3 seeds: no claim is possible" + ("" if len(few) == len(compared) else f" on {', '.join(row['arm'] for row in few)}")

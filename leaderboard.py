@@ -537,19 +537,21 @@ def study_readme(folder, grids):
 
 
 def study_rows(folder, grids):
-    """The rows of README.md's table: every compared arm of a study, by its grid's first metric."""
+    """The rows of README.md's table: every compared arm of a study, by its grid's first metric. Its cost is in FLOPs: seconds tell
+    more of a machine that runs several at a time than of an arm."""
     for grid in grids:
-        metric = grid["tables"][0]["metric"]
-        for arm, found in ((arm, arm["paired"]) for arm in grid["tables"][0]["arms"] if "paired" in arm):
+        metric, rows = grid["tables"][0]["metric"], {row["arm"]: row for row in grid["tables"][0]["arms"]}
+        for arm, found in ((arm, arm["paired"]) for arm in rows.values() if "paired" in arm):
+            flops = arm["flops"] and rows[arm["twin"]]["flops"] and arm["flops"] / rows[arm["twin"]]["flops"]
             interval = " .. ".join(filter(None, (show(found["low"], "+.5f"), show(found["high"], "+.5f"))))
             yield (f"[{folder.name}]({shown(folder)}/README.md)", grid["grid"], arm["arm"], ", ".join(grid["data"]), found["n"], metric,
-                   show(found["difference"], "+.5f"), interval, show(found["holm"], ".3g"), f"{arm['time_ratio']:.3f}x" if arm["time_ratio"] else "")
+                   show(found["difference"], "+.5f"), interval, show(found["holm"], ".3g"), f"{flops:.2f}x" if flops else "")
 
 
 def write_tables():
     """Write what is generated of the READMEs; returns those that were otherwise."""
     studies = [(file.parent, json.loads(file.read_text())["grids"]) for file in sorted((ROOT / "records" / "studies").glob("*/result.json"))]
-    names = ("study", "grid", "arm", "data", "n", "metric", "difference", "95% interval", "p (Holm)", "step time")
+    names = ("study", "grid", "arm", "data", "n", "metric", "difference", "95% interval", "p (Holm)", "FLOPs")
     block = "\n".join(table(names, [cells for one in studies for cells in study_rows(*one)]))
     top = ROOT / "README.md"
     made = {top: top.read_text(encoding="utf-8").replace(marked(text_of(top, "studies"), "studies"), marked(block, "studies")),

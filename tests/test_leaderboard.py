@@ -403,7 +403,7 @@ def test_a_study_of_a_grid(root, capsys):
     assert (folder / "lambda.png").stat().st_size > 10_000
     holm = max(2 * found["paired"]["p"], 0) if found["paired"]["p"] < table["arms"][2]["paired"]["p"] else max(found["paired"]["p"], 2 * table["arms"][2]["paired"]["p"])
     low, high = (f"{x:+.5f}" for x in test.confidence_interval(0.95))
-    assert f"| [S](records/studies/S/README.md) | lambda | jepa_lambda=0.1 | data/stdlib | 3 | val_bpb | -0.01833 | {low} .. {high} | {holm:.3g} | 1.000x |" in top
+    assert f"| [S](records/studies/S/README.md) | lambda | jepa_lambda=0.1 | data/stdlib | 3 | val_bpb | -0.01833 | {low} .. {high} | {holm:.3g} | 1.00x |" in top
     assert top.startswith("before\n<!-- studies -->\n| study") and top.endswith("<!-- /studies -->\nafter\n") and top.count("[S]") == 2
     assert check(capsys) == (True, [])
     (folder / "README.md").write_text(readme.replace("Does it help?", "Does it, though?"))
