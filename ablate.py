@@ -189,14 +189,17 @@ def effective(flags, script):
 
 
 def content(path):
-    """What a run's name has of an input: the text of a file; of a folder its weights, or meta.json, which has the sums of its shards, or else its place."""
+    """What a run's name has of an input: the text of a file; of a folder its weights, or meta.json but for what it says of the source (there are the sums
+    of its shards), or else its place."""
     from loader import EMBEDDED_DATA
     place = Path(path)
     if path in EMBEDDED_DATA:  # a run makes it where it is missing
         return path
-    for file in (place, place / "model.safetensors", place / "meta.json"):
+    for file in (place, place / "model.safetensors"):
         if file.is_file():
             return digest(file.read_bytes())
+    if (file := place / "meta.json").is_file():
+        return digest(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in ("source", "licence")}))
     return str(place.resolve()) if place.is_dir() else path  # a hub's name
 
 

@@ -2,8 +2,12 @@
 # NTP, pair and span on a quarter and a sixteenth of NL-RX-SYNTH, lambda chosen on a held-out tenth of train.
 # Arguments: the train and the test file, JSON lines of messages (8,000 and 2,000 pairs).
 set -euo pipefail
-train=$(realpath "$1") test=$(realpath "$2")
-cd "$(dirname "$0")/../../.."
+root="$(dirname "$0")/../../.."
+mkdir -p "$root/data/synth"  # one name for them on every machine
+cp "$1" "$root/data/synth/train.jsonl"
+cp "$2" "$root/data/synth/test.jsonl"
+cd "$root"
+train=data/synth/train.jsonl test=data/synth/test.jsonl
 export OMP_NUM_THREADS=1  # two runs at a time, a thread each
 study=records/studies/nlregex grids=()
 [ ! -f $study/logs.tar.xz ] || python leaderboard.py restore $study

@@ -2,8 +2,14 @@
 # Pretraining on paraphrases with and without the pair term, then Rotten Tomatoes fine-tuning of both without it.
 # Arguments: paraphrase train and test files (JSON lines of paraphrases), Rotten Tomatoes train and test files (of messages).
 set -euo pipefail
-train=$(realpath "$1") test=$(realpath "$2") reviews=$(realpath "$3") review_test=$(realpath "$4")
-cd "$(dirname "$0")/../../.."
+root="$(dirname "$0")/../../.."
+mkdir -p "$root/data/files"  # one name for them on every machine
+cp "$1" "$root/data/files/paraphrase_train.jsonl"
+cp "$2" "$root/data/files/paraphrase_test.jsonl"
+cp "$3" "$root/data/files/reviews_train.jsonl"
+cp "$4" "$root/data/files/reviews_test.jsonl"
+cd "$root"
+train=data/files/paraphrase_train.jsonl test=data/files/paraphrase_test.jsonl reviews=data/files/reviews_train.jsonl review_test=data/files/reviews_test.jsonl
 export OMP_NUM_THREADS=1  # two runs at a time, a thread each
 study=records/studies/paraphrase
 [ ! -f $study/logs.tar.xz ] || python leaderboard.py restore $study
