@@ -361,8 +361,8 @@ def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jep
     """One step of the run: losses and FLOPs as accumulate_gradients returns them.
 
     Decoupled: the step of a run without the term, and then one of the term alone, with momentum and normalisation of its
-    own. In Muon's buffer even a weak gradient becomes a full-size update, since orthogonalising lifts every direction to
-    the same length; here its size is lambda's. Like AdamW's weight decay, but one after the other, so that one gradient is held.
+    own. In Muon's buffer even a weak gradient could become a full-size update, since orthogonalising lifts every direction
+    to the same length (records/studies/span_text didn't find that); here its size is lambda's. Like AdamW's weight decay, but one after the other, so that one gradient is held.
     """
     decoupled = cfg.jepa_update == "decoupled" and jepa_lambda is not None
     losses, flops = accumulate_gradients(model, loss_fn, cfg, data, share, step, None if decoupled else jepa_lambda)
