@@ -47,7 +47,7 @@ HIGHER_IS_BETTER = {"exact", "startswith", "exact_clean", "startswith_clean", "a
 # settings of the term: what an arm's twin hasn't
 TERM = {"train_gpt.py": ("jepa_",), "finetune.py": ("step_jepa", "span", "predictors", "linear_predictor", "jepa_", "infonce", "front_pred", "reverse_pred", "views",
                                                     "last_token", "gamma")}
-CODE = {"train_gpt.py": ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "data/shards.py"),
+CODE = {"train_gpt.py": ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "checkpoint.py", "data/shards.py"),
         "finetune.py": ("finetune.py", "layouts.py", "chat.py", "jepa.py", "model.py", "loader.py", "config.py", "data/pairs.py")}  # what makes a run's result
 INPUTS = ("data_path", "tokenizer", "init_from", "name", "train_file", "eval_file", "data_file")  # settings that are files or folders
 BUDGETS = {"steps": "iterations", "flops": "train_flops", "seconds": "max_wallclock_seconds"}

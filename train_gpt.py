@@ -5,6 +5,8 @@ evaluation, logs, the loop. The term itself is in jepa.py, the network in model.
 Shapes: B rows, T tokens, D width, S spans a row, V vocabulary; G rows of the global batch (all ranks, all micro-batches).
 """
 import dataclasses
+import errno
+import hashlib
 import json
 import math
 import os
@@ -16,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from signal import Signals
 
 import numpy as np
 import torch
@@ -23,14 +26,18 @@ import torch.distributed as dist
 import yaml
 
 import jepa
+from checkpoint import Checkpoints, newest_checkpoint
 from config import check_ranges, knob, load_config
+from data.shards import write_atomic
 from loader import open_data
 from model import GPT, GPTConfig, Linear, norm, tree_mask
 from weights import dequantize, load_weights, quantize, to_safetensors
 
 ROOT = Path(__file__).resolve().parent
 DIAG_STEPS = 8  # steps whose first micro-batches the diagnostics look at
-SOURCES = ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "data/shards.py")  # logged, and counted in the artifact
+SPIKE_STEPS = 128  # steps that SKIP_SIGMA compares with, as OLMo-core's SkipStepOptimizer
+MAY_CHANGE = ("data_path", "grad_accum_steps", "wandb", "checkpoint_every", "checkpoint_seconds")  # on resuming: they change nothing but rounding
+SOURCES = ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "checkpoint.py", "data/shards.py")  # logged, and counted in the artifact
 
 # ----------------------------------------------------------------------------------------------------------- config
 
@@ -73,6 +80,8 @@ class Config:
     scalar_lr: float = knob(0.04, "Adam learning rate of gains and mixing weights", 0)
     muon_momentum: float = knob(0.95, "momentum of Muon (Nesterov)", 0, 1)
     warmdown_frac: float = knob(0.5, "the last fraction of the run, over which learning rates fall to zero", 0, 1)
+    nan_policy: str = knob("stop", "what follows a non-finite loss or gradient, which never reaches the weights: stop; skip, the step is left out and counted", choices=("stop", "skip"))
+    skip_sigma: float = knob(0.0, f"leave out a step whose loss or gradient norm is so many standard deviations above the mean of the last {SPIKE_STEPS} steps; 0: never", 0)
     # JEPA
     jepa_lambda: float = knob(0.0, "weight of the JEPA term; 0: off, and the step is the baseline's, graph, numbers and time", 0)
     jepa_update: str = knob("coupled", "coupled: the term is added to the loss; decoupled: its gradient has an optimizer of its own, and lambda is the size of "
@@ -99,6 +108,9 @@ class Config:
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0: only at the end", 0)
     eval_stride: int = knob(0, "0: rows side by side; n: windows that advance by n tokens, train_seq_len / n times the cost", 0)
     train_log_every: int = knob(20, "steps between train_loss lines; costs nothing", 1)
+    checkpoint_every: int = knob(0, "steps between checkpoints, which hold weights and optimizer state; copied off the clock, written by a thread, two are kept; 0: only where SIGTERM or SIGINT stops the run", 0)
+    checkpoint_seconds: float = knob(0.0, "seconds between checkpoints; 0: none by time", 0)
+    resume: str = knob("", "logs/<run>: go on with that run, from its newest checkpoint and with its settings; auto: with the run of RUN_ID, or begin it")
     run_id: str = knob("", "name of the folder in logs/; default: date, time and seed")
     wandb: bool = knob(False, "1: log to Weights & Biases too (WANDB_MODE=offline needs no login)")
     # machine
@@ -121,6 +133,7 @@ class Config:
                 ("jepa_gamma", self.jepa_lambda and self.jepa_update == "decoupled" and self.jepa_gamma != 1,
                  "does nothing with JEPA_UPDATE=decoupled, whose optimizers take out the scale of a gradient; set JEPA_LAMBDA"),
                 ("train_seq_len", (self.jepa_lambda or self.diag_every) and self.train_seq_len < 3, "a span needs rows of at least 3 tokens"),
+                ("resume", self.resume == "auto" and not self.run_id, "needs RUN_ID, the run to go on with or to begin"),
                 ("eval_stride", self.eval_stride > self.train_seq_len, f"must not exceed TRAIN_SEQ_LEN={self.train_seq_len}"),
                 ("run_id", not re.fullmatch(r"[\w.-]*", self.run_id), "may hold letters, digits, '_', '.' and '-' only")):
             if wrong:
@@ -146,7 +159,10 @@ def orthogonalize(g, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then the orthogonalised update, for matrices. Those of one shape are stacked and treated as one batch,
-    shared between the ranks; every rank keeps all momentum. Also sums the gradients of its parameters over the ranks."""
+    shared between the ranks; every rank keeps all momentum.
+    found_inf: as in torch's fused Adam, a 0-dim tensor on the device; where it is 1 the step changes nothing."""
+
+    found_inf = None
 
     def __init__(self, params, lr, momentum, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, initial_lr=lr))
@@ -165,11 +181,11 @@ class Muon(torch.optim.Optimizer):
                 if all(p.grad is None for p in params):  # the predictor's, in a step without the term
                     continue
                 grad = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in params])  # none behind a tapped layer
-                if world_size > 1:
-                    dist.all_reduce(grad)
                 state = self.state[params[0]]
                 if "momentum" not in state:
                     state["momentum"] = torch.zeros_like(grad)
+                if self.found_inf is not None:
+                    grad = torch.where(self.found_inf > 0, state["momentum"], grad)  # the average with itself is itself
                 momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
                 update = grad.lerp_(momentum, group["momentum"]).to(self.dtype)  # Nesterov
                 share = -(-len(params) // world_size)  # matrices a rank; the last ranks may have only padding
@@ -180,6 +196,8 @@ class Muon(torch.optim.Optimizer):
                     gather(update, mine.contiguous())
                 else:
                     update = mine
+                if self.found_inf is not None:
+                    update = update * (1 - self.found_inf)
                 scale = max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5  # root mean square 1 / sqrt(fan-in) at every shape
                 torch._foreach_add_(params, list(update[:len(params)].float().unbind()), alpha=-group["lr"] * scale)
 
@@ -314,7 +332,7 @@ def gather_ranks(tensor):
 
 
 def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, part="all", fraction=1.0, ahead=True):
-    """Forward and backward of this rank's share of a step; gradients are left in .grad, to be summed over the ranks.
+    """Forward and backward of this rank's share of a step; gradients are left in .grad, for sum_gradients.
 
     loss_fn: training_loss, compiled or not. jepa_lambda: float, or None for no term. part: "all", or "term" for the term
     alone, of weight 1, on this fraction of the rows. ahead=False: a look, not a step of the run. Returns the global mean
@@ -338,16 +356,41 @@ def accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, pa
     return losses, flops + (model.flops(*cost, tap=cfg.jepa_layer) / 3 if infonce is not None else 0)
 
 
-def apply_gradients(optimizers, progress, cfg, weight=1.0):
-    """One step of the optimizers of a gradient, with weight times the learning rates of this moment of the run; clears it."""
+def sum_gradients(model, share):
+    """Add up the ranks' gradients, in one message; the norm of their sum, a 0-dim tensor, not finite where a gradient isn't."""
+    params = [p for p in model.parameters() if p.grad is not None]
+    if share.world_size > 1:
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        for p, own in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = own.view_as(p)
+    return torch.stack(torch._foreach_norm([p.grad for p in params])).norm()
+
+
+def unsound(losses, norm, cfg, step, history):
+    """1 where a step must not reach the weights, else 0: a 0-dim tensor, so that the GPU is not waited for, the same on all ranks.
+
+    Non-finite losses (any number,) or gradient norm, or with SKIP_SIGMA a spike of the first loss or the norm over the last steps, whose
+    finite ones are in history (SPIKE_STEPS, 2), which this one is added to: a level that lasts is soon no spike.
+    """
+    finite = torch.isfinite(losses).all() & torch.isfinite(norm)
+    if not cfg.skip_sigma or history is None:
+        return (~finite).float()
+    now, place = torch.stack((losses[0], norm)), step % len(history)
+    std, mean = torch.std_mean(history, dim=0)
+    spike = (now > mean + cfg.skip_sigma * std).any() if step >= len(history) else ~finite
+    history[place] = torch.where(finite, now, history[place])
+    return (~finite | spike).float()
+
+
+def apply_gradients(optimizers, progress, cfg, weight=1.0, bad=None):
+    """One step of the optimizers of a gradient, with weight times the learning rates of this moment of the run; clears it.
+    bad: 0-dim tensor; where it is 1, weights and optimizers stay as they are."""
     warmdown = min(1.0, (1 - progress) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * warmdown * (1.0 if group.get("term_only") else weight)
-            if dist.is_initialized() and not isinstance(optimizer, Muon):
-                for p in group["params"]:
-                    if p.grad is not None:
-                        dist.all_reduce(p.grad)
+        optimizer.found_inf = bad  # the GradScaler's way in; read by torch's fused Adam and by Muon
         optimizer.step()
         optimizer.zero_grad()
 
@@ -357,8 +400,9 @@ def build_updates(model, cfg):
     return [build_optimizers(model, cfg)] + ([build_optimizers(model, cfg, decay=0.0)] if cfg.jepa_lambda and cfg.jepa_update == "decoupled" else [])
 
 
-def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_lambda):
-    """One step of the run: losses and FLOPs as accumulate_gradients returns them.
+def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_lambda, history=None):
+    """One step of the run: losses and FLOPs as accumulate_gradients returns them, the losses with two more numbers behind them: the
+    gradient's norm, and 1 where the step was left out (unsound, whose history it takes), else 0.
 
     Decoupled: the step of a run without the term, and then one of the term alone, with momentum and normalisation of its
     own. In Muon's buffer even a weak gradient could become a full-size update, since orthogonalising lifts every direction
@@ -366,12 +410,16 @@ def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jep
     """
     decoupled = cfg.jepa_update == "decoupled" and jepa_lambda is not None
     losses, flops = accumulate_gradients(model, loss_fn, cfg, data, share, step, None if decoupled else jepa_lambda)
-    apply_gradients(updates[0], progress, cfg)
+    norm = sum_gradients(model, share)
+    bad = unsound(losses, norm, cfg, step, history)
+    apply_gradients(updates[0], progress, cfg, bad=bad)
     if decoupled:
         term, more = accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, "term", cfg.jepa_rows_frac)
-        apply_gradients(updates[1], progress, cfg, jepa_lambda)
+        finite = torch.isfinite(term).all() & torch.isfinite(sum_gradients(model, share))
+        bad = torch.maximum(bad, (~finite).float())
+        apply_gradients(updates[1], progress, cfg, jepa_lambda, bad)
         losses, flops = torch.cat((losses, term)), flops + more
-    return losses, flops
+    return torch.cat((losses, norm[None], bad[None])), flops
 
 
 # ------------------------------------------------------------------------------------------------------ diagnostics
@@ -388,11 +436,9 @@ def diagnose(model, loss_fn, cfg, data, share, step):
     gradients = []
     for part, weight in (("all", None), ("term", cfg.jepa_lambda)):
         accumulate_gradients(model, loss_fn, cfg, data, share, step, weight, part, ahead=False)
+        sum_gradients(model, share)
         gradients.append([torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()])
         model.zero_grad()
-        if share.world_size > 1:
-            for g in gradients[-1]:
-                dist.all_reduce(g)
     dot = lambda a, b: sum((x.double() * y.double()).sum().item() for x, y in zip(a, b))
     ce, term = gradients
     a, b = dot(ce, ce) ** 0.5, dot(term, term) ** 0.5
@@ -453,33 +499,82 @@ def evaluate(model, eval_fn, data, share, log):
 
 
 class RunLog:
-    """Console, logs/<run_id>/log.txt and metrics.jsonl, and wandb where asked for; silent on all ranks but the first."""
+    """Console, logs/<run_id>/log.txt and metrics.jsonl, and wandb where asked for; silent on all ranks but the first.
 
-    def __init__(self, cfg, origin, rank):
-        self.folder, self.iterations, self.rank, self.wandb = ROOT / "logs" / cfg.run_id, cfg.iterations, rank, None
+    resumed: the manifest of the checkpoint that the run goes on from, {} where it has none; None: a new run. What was logged behind the checkpoint stays in
+    log.txt and goes from metrics.jsonl. What a full disk doesn't take is kept and tried again with the next line.
+    """
+
+    def __init__(self, cfg, origin, rank, resumed=None):
+        self.folder, self.iterations, self.rank, self.wandb, self.unwritten = ROOT / "logs" / cfg.run_id, cfg.iterations, rank, None, {}
         if rank:
             return
+        if resumed is None:
+            self.begin(cfg, origin)
+        else:
+            self.go_on(resumed)
+        if cfg.wandb:
+            import wandb
+            self.wandb = wandb.init(project="nanojepa", name=cfg.run_id, config=dataclasses.asdict(cfg), dir=str(self.folder),
+                                    id=(resumed or {}).get("wandb"), resume="allow")
+
+    def begin(self, cfg, origin):
+        """Make the folder, and log what the run is."""
         try:
             self.folder.mkdir(parents=True)
         except FileExistsError:
-            raise ValueError(f"RUN_ID={cfg.run_id}: {self.folder} exists and is never overwritten; choose another RUN_ID") from None
-        settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name != "run_id"}  # to be used again
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+            if not cfg.resume:
+                raise ValueError(f"RUN_ID={cfg.run_id}: {self.folder} exists and is never overwritten; choose another RUN_ID, or RESUME=logs/{cfg.run_id}") from None
         with open(self.folder / "log.txt", "w", encoding="utf-8") as f:
             for name in SOURCES:
                 f.write(f"{'=' * 40} {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n")
             f.write(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run\n")
         for name, value in dataclasses.asdict(cfg).items():
             self.line(f"config {name}: {value!r} ({origin[name]})")
-        if cfg.wandb:
-            import wandb
-            self.wandb = wandb.init(project="nanojepa", name=cfg.run_id, config=dataclasses.asdict(cfg), dir=str(self.folder))
+        settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("run_id", "resume")}  # to be used again
+        write_atomic(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())  # last: from here on there is a run to resume
+
+    def go_on(self, manifest):
+        """Take up the files of a run at its checkpoint."""
+        self.note(f"{'=' * 40} resumed at step {manifest.get('step', 0)}\n{describe_machine()}")
+        metrics, kept = self.folder / "metrics.jsonl", manifest.get("metrics_bytes", 0)
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size < kept:
+            self.line(f"warning: {metrics} has lost its last lines: {size} bytes, {kept} when the checkpoint was written")
+        elif size > kept:
+            os.truncate(metrics, kept)
+        for name, sha256 in manifest.get("sources", {}).items():
+            if sha256 != source_hashes().get(name):
+                text = (ROOT / name).read_text(encoding="utf-8") if name in SOURCES else ""
+                self.line(f"warning: {name} is not what it was before step {manifest['step']}: from here on this is another run; its source is in the log")
+                self.note(f"{'=' * 40} {name}, changed\n{text}\n{'=' * 40} run")
+
+    def append(self, name, text):
+        """Append text to a file of the run, whole or not at all."""
+        data = self.unwritten.get(name, b"") + text.encode()
+        try:
+            with open(self.folder / name, "ab", buffering=0) as f:
+                size = f.seek(0, os.SEEK_END)
+                if (written := f.write(data)) < len(data):
+                    f.truncate(size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            if name not in self.unwritten:
+                print(f"warning: {self.folder / name}: {e.strerror}; the run goes on, its lines are kept until they can be written", flush=True)
+            self.unwritten[name] = data
+        else:
+            if self.unwritten.pop(name, None):
+                print(f"{self.folder / name} is written again, no line is lost", flush=True)
+
+    def size(self, name):
+        """Bytes of a file with all that belongs to it, 0 where it doesn't exist."""
+        file = self.folder / name
+        return (file.stat().st_size if file.exists() else 0) + len(self.unwritten.get(name, b""))
 
     def note(self, text):
         """Append a line to log.txt."""
         if self.rank == 0:
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as f:
-                f.write(text + "\n")
+            self.append("log.txt", text + "\n")
 
     def line(self, text):
         """Print a line and append it to log.txt."""
@@ -496,10 +591,14 @@ class RunLog:
         shown = " ".join(f"{k}:{v:.4f}" if abs(v) >= 0.01 else f"{k}:{v:.3g}" for k, v in values.items() if v is not None)
         self.line(f"step:{step}/{self.iterations} {shown} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
         row = {"step": step, **values, **more, "train_time": train_time}
-        with open(self.folder / "metrics.jsonl", "a") as f:
-            f.write(json.dumps(row) + "\n")
+        self.append("metrics.jsonl", json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=step)
+
+
+def source_hashes():
+    """{file: sha256} of SOURCES."""
+    return {name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in SOURCES}
 
 
 def describe_machine():
@@ -521,11 +620,11 @@ def describe_machine():
 
 
 class Clock:
-    """Training time in s: runs between start and stop, which wait for the device; nothing else is counted."""
+    """Training time in s: runs between start and stop, which wait for the device; nothing else is counted. passed: before a checkpoint."""
 
-    def __init__(self, device):
+    def __init__(self, device, passed=0.0):
         self.synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        self.passed, self.since = 0.0, None
+        self.passed, self.since = passed, None
 
     def start(self):
         self.synchronize()
@@ -539,16 +638,17 @@ class Clock:
         return self.passed + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
 
-def run_progress(cfg, step, flops, clock, share):
-    """Fraction of the run that is done, as rank 0 sees it: the largest of steps, FLOPs and seconds. 1 or more: stop."""
+def run_progress(cfg, step, flops, clock, share, signal=0):
+    """Fraction of the run that is done, as rank 0 sees it: the largest of steps, FLOPs and seconds. 1 or more: stop. And the
+    signal that any rank has received, 0 for none."""
     progress = max(step / cfg.iterations, flops / cfg.train_flops if cfg.train_flops else 0)
     if cfg.max_wallclock_seconds:
         progress = max(progress, clock.now() / cfg.max_wallclock_seconds)
     if share.world_size > 1:
-        shared = torch.tensor(progress, dtype=torch.float64)
-        dist.broadcast(shared, 0)  # a CPU tensor: over gloo, so the GPU is not waited for
-        progress = shared.item()
-    return progress
+        shared = torch.tensor([progress if share.rank == 0 else 0.0, signal], dtype=torch.float64)
+        dist.all_reduce(shared, dist.ReduceOp.MAX)  # a CPU tensor: over gloo, so the GPU is not waited for
+        progress, signal = shared.tolist()
+    return progress, int(signal)
 
 
 def jepa_schedule(cfg, progress, step):
@@ -581,34 +681,86 @@ def warm_up(model, loss_fn, cfg, data, share):
         model.zero_grad()
 
 
-def train(model, loss_fn, eval_fn, cfg, data, share, log):
-    """Train to the end of the run and return its results: steps, train_seconds, val_loss, val_bpb and, with
-    TARGET_VAL_LOSS, time_to_target, with DIAG_EVERY the last diagnostics. ValueError where the loss is no longer finite."""
-    updates = build_updates(model, cfg)
-    clock, step, flops, pending, reported, result = Clock(share.device), 0, 0.0, None, 0, {"time_to_target": None}
+def run_tensors(model, updates, history):
+    """{name: tensor} of all that a step reads and writes; every rank has the same."""
+    held = {f"model.{name}": w for name, w in model.state_dict().items()}
+    for u, optimizers in enumerate(updates):
+        for o, optimizer in enumerate(optimizers):
+            for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                held |= {f"optimizer.{u}.{o}.{i}.{key}": value for key, value in optimizer.state.get(p, {}).items()}
+    return held | {"history": history}
+
+
+def restore(model, updates, history, tensors):
+    """Put the tensors of a checkpoint, as run_tensors names them, where they were; ValueError where they don't fit."""
+    try:
+        model.load_state_dict({name.removeprefix("model."): w for name, w in tensors.items() if name.startswith("model.")})
+        history.copy_(tensors["history"])
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                u, o, i, key = name.split(".")[1:]
+                optimizer = updates[int(u)][int(o)]
+                p = [p for group in optimizer.param_groups for p in group["params"]][int(i)]
+                optimizer.state[p][key] = value.to(p.device)
+    except (RuntimeError, LookupError) as e:
+        raise ValueError(f"the checkpoint doesn't fit this code: {' '.join(str(e).split())[:200]}") from None
+
+
+def train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints=None, resumed=None):
+    """Train to the end of the run and return its results: steps, skipped_steps, train_seconds, val_loss, val_bpb and, with
+    TARGET_VAL_LOSS, time_to_target, with DIAG_EVERY the last diagnostics. checkpoints: the Checkpoints to write, and who knows of
+    signals; resumed: (manifest, tensors) to go on from. ValueError where the loss is no longer finite; SystemExit by a signal."""
+    updates, history = build_updates(model, cfg), torch.zeros(SPIKE_STEPS, 2, device=share.device)
+    manifest, tensors = resumed or ({"step": 0, "train_flops": 0.0, "train_seconds": 0.0, "skipped_steps": 0, "result": {"time_to_target": None}}, None)
+    if tensors:
+        restore(model, updates, history, tensors)
+    clock, step, flops, pending, reported = Clock(share.device, manifest["train_seconds"]), manifest["step"], manifest["train_flops"], None, 0
+    skipped, result, begun = manifest["skipped_steps"], manifest["result"], manifest["step"]
     if share.world_size > 1:
         dist.barrier()  # all have compiled: the clock is nobody's waiting
     clock.start()
 
     def settle(pending):
         """Log the losses of the step before: reading them one step late keeps the device busy."""
+        nonlocal skipped
         number, losses, copied, train_time, cost = pending
         if copied is not None:
             copied.synchronize()
-        losses = losses.tolist()
-        if not all(map(math.isfinite, losses)):
-            raise ValueError(f"non-finite loss at step {number} ({losses}): lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
-        if number <= 5 or number % cfg.train_log_every == 0:
+        *losses, norm, bad = losses.tolist()
+        cost["grad_norm"] = norm
+        if bad:
+            finite, skipped = all(map(math.isfinite, (*losses, norm))), skipped + 1
+            what = f"{'a spike' if finite else 'non-finite loss or gradient'} at step {number} (losses {losses}, gradient norm {norm})"
+            if not finite and cfg.nan_policy == "stop":
+                raise ValueError(f"{what}: lower the learning rates or JEPA_LAMBDA, or NAN_POLICY=skip; the log is in {log.folder}")
+            log.line(f"skipped: {what}; {skipped} so far")
+        elif number <= 5 or number % cfg.train_log_every == 0:
             log.metrics(number, train_time, dict(zip(("train_loss", "jepa_loss"), losses)), cost)
 
     while True:
-        progress = run_progress(cfg, step, flops, clock, share)
+        progress, signal = run_progress(cfg, step, flops, clock, share, checkpoints.signal if checkpoints else 0)
         done = progress >= 1
+        saved = step > begun and checkpoints and (checkpoints.due(step, done) or signal and share.rank == 0)
         diagnosed = cfg.diag_every and (done or step % cfg.diag_every == 0)
         validated = done or (cfg.val_loss_every and step and step % cfg.val_loss_every == 0)
-        if pending and (diagnosed or validated):
+        if pending and (diagnosed or validated or saved or signal):
             settle(pending)
             pending = None
+        if saved:
+            clock.stop()
+            checkpoints.save(step, run_tensors(model, updates, history), {
+                "train_flops": flops, "train_seconds": clock.passed, "skipped_steps": skipped, "result": dict(result), "metrics_bytes": log.size("metrics.jsonl"),
+                "config": dataclasses.asdict(cfg), "data_sha256": data.sha256, "sources": source_hashes(), "torch": torch.__version__,
+                "wandb": log.wandb and log.wandb.id})
+            clock.start()
+        if signal:
+            if checkpoints:
+                checkpoints.wait()
+            log.line(f"stopped by {Signals(signal).name} at step {step}; go on with RESUME=logs/{cfg.run_id}")
+            if share.world_size > 1:
+                dist.barrier()  # a rank that ends makes torchrun end the others
+                dist.destroy_process_group()
+            raise SystemExit(128 + signal)
         if diagnosed:
             clock.stop()
             found = diagnose(model, loss_fn, cfg, data, share, step)
@@ -629,9 +781,9 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log):
                 log.line(f"target_val_loss:{cfg.target_val_loss} reached at step {step} after train_time:{1000 * clock.passed:.0f}ms")
                 result["time_to_target"], done = clock.passed, True
             if done:
-                return result | {"steps": step, "train_seconds": clock.passed, "train_flops": flops, "val_loss": val_loss, "val_bpb": val_bpb}
+                return result | {"steps": step, "skipped_steps": skipped, "train_seconds": clock.passed, "train_flops": flops, "val_loss": val_loss, "val_bpb": val_bpb}
             clock.start()
-        losses, step_flops = training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_schedule(cfg, progress, step))
+        losses, step_flops = training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_schedule(cfg, progress, step), history)
         copied = None
         if share.device.type == "cuda":
             losses = torch.empty(losses.shape, pin_memory=True).copy_(losses, non_blocking=True)
@@ -644,6 +796,36 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log):
         if int(10 * progress) > reported:
             reported = int(10 * progress)
             log.line(f"progress: {progress:.0%}, {clock.now() / progress * (1 - progress):.0f} s of training left")
+
+
+def find_run(cfg, origin, warnings, rank):
+    """What RESUME asks for: (cfg, origin, manifest, tensors) to go on with, cfg and origin being those the run began with. The manifest is {}
+    where it has no checkpoint yet, and None for a new run. A finished one says its result again: SystemExit. ValueError: why it can't go on."""
+    if not cfg.resume:
+        return cfg, origin, None, None
+    folder = ROOT / "logs" / (cfg.run_id if cfg.resume == "auto" else Path(cfg.resume).name)
+    if cfg.resume != "auto" and (Path(cfg.resume).resolve() != folder or not folder.is_dir()):
+        raise ValueError(f"RESUME={cfg.resume}: no such run; give the logs/<run> of one, or auto and its RUN_ID")
+    if cfg.run_id not in ("", folder.name):
+        raise ValueError(f"RUN_ID={cfg.run_id}: RESUME={cfg.resume} goes on as {folder.name}; leave RUN_ID out")
+    if (folder / "result.json").exists():
+        if rank == 0:
+            print((folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+        raise SystemExit(0)
+    if not (folder / "config.yaml").exists():  # killed before its first step, or new
+        return dataclasses.replace(cfg, run_id=folder.name), origin, None, None
+    manifest, tensors = newest_checkpoint(folder, warnings) or ({}, None)
+    saved = manifest.get("config") or dataclasses.asdict(load_config(Config, [f"--config={folder / 'config.yaml'}"], {})[0])
+    if unknown := sorted(saved.keys() - origin.keys()):
+        raise ValueError(f"RESUME={cfg.resume}: the run has settings that this code doesn't know: {', '.join(unknown)}; use the code in its log.txt")
+    values, said = {"resume": manifest["config"]["resume"] if manifest else "auto" * (cfg.resume == "auto"), "run_id": folder.name}, {}
+    for name, value in saved.items():
+        if name in values:
+            continue
+        values[name], said[name] = (value, f"{folder.name}/config.yaml") if origin[name] == "default" else (getattr(cfg, name), origin[name])
+        if values[name] != value and name not in MAY_CHANGE:
+            raise ValueError(f"{name.upper()}={values[name]} ({origin[name]}): the run began with {value!r}, and a resumed run is the same run; leave it out, or begin a new one")
+    return Config(**values), origin | said, manifest, tensors
 
 
 def start_process():
@@ -701,12 +883,20 @@ def run(cfg, origin, warnings):
     """The main job: prepare, compile, train, evaluate, quantise, save. Returns the content of result.json."""
     began = time.perf_counter()
     rank, world_size, device = start_process()
+    cfg, origin, manifest, tensors = find_run(cfg, origin, warnings, rank)
     cfg.run_id = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
-    data = open_data(cfg)
+    data = open_data(cfg)  # the ranks meet there: all have looked for the run before the first one makes its folder
+    if world_size > 1 and cfg.resume:
+        steps = torch.tensor([1, -1]) * (manifest or {}).get("step", 0)
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps.sum():
+            raise ValueError("RESUME: the ranks find different checkpoints; logs/ must be a disk that all nodes share")
+    if manifest and manifest["data_sha256"] != data.sha256:
+        raise ValueError(f"DATA_PATH={cfg.data_path}: not the data that {cfg.run_id} began with; give it where that data is now")
     share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
     data.check_micro_batch(share)
-    model = build_model(cfg, data.vocab_size, device)
-    log = RunLog(cfg, origin, rank)
+    model = build_model(cfg if manifest is None else dataclasses.replace(cfg, init_from=""), data.vocab_size, device)
+    log = RunLog(cfg, origin, rank, manifest)
     parameters = sum(p.numel() for p in model.parameters())
     if data.no_bpb:
         warnings.append(f"no val_bpb: {data.no_bpb}")
@@ -731,16 +921,19 @@ def run(cfg, origin, warnings):
         torch.cuda.reset_peak_memory_stats()
 
     try:
-        result = train(model, loss_fn, eval_fn, cfg, data, share, log) | {"data_sha256": data.sha256}
+        with Checkpoints(log.folder, cfg.checkpoint_every, cfg.checkpoint_seconds, rank, log) as checkpoints:
+            result = train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints, tensors and (manifest, tensors)) | {"data_sha256": data.sha256}
     except ValueError as e:
         log.note(f"error: {e}")
         raise
     state = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    artifact = quantize(state)
-    if rank == 0:
-        (log.folder / "model.safetensors").write_bytes(to_safetensors(state))
-        (log.folder / "model.int8.zlib").write_bytes(artifact)
-        artifact = (log.folder / "model.int8.zlib").read_bytes()
+    artifact, lost = quantize(state), None
+    try:
+        if rank == 0:
+            write_atomic(log.folder / "model.safetensors", to_safetensors(state))
+            write_atomic(log.folder / "model.int8.zlib", artifact)
+    except OSError as e:  # the numbers are known all the same
+        lost = e
     model.load_state_dict(dequantize(artifact))
     quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, share, log)
     code_bytes = sum(len((ROOT / name).read_bytes()) for name in SOURCES)
@@ -750,7 +943,6 @@ def run(cfg, origin, warnings):
                "tokens": result["steps"] * cfg.train_batch_tokens, "parameters": parameters, "peak_memory_bytes": peak, "compiled": compiled,
                "total_seconds": time.perf_counter() - began, "run_id": cfg.run_id, "seed": cfg.seed, "config": dataclasses.asdict(cfg)}
     if rank == 0:
-        (log.folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         model.load_state_dict(state)
         log.line(f"{'-' * 40} text sample\n{sample_text(model, data, cfg)}\n{'-' * 40}")
         log.line(f"artifact: {len(artifact):,} bytes of weights + {code_bytes:,} of source = {result['artifact_bytes']:,} "
@@ -758,6 +950,12 @@ def run(cfg, origin, warnings):
         shown = {k: result[k] for k in ("val_loss", "val_bpb", "quantized_val_bpb") if result[k] is not None}
         log.line(f"result: {' '.join(f'{k}:{v:.4f}' for k, v in shown.items())} artifact_bytes:{result['artifact_bytes']} steps:{result['steps']} "
                  f"train_time:{1000 * result['train_seconds']:.0f}ms -> logs/{cfg.run_id}/result.json")
+        try:  # last: what has a result is finished
+            if lost:
+                raise lost
+            write_atomic(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+        except OSError as e:
+            raise ValueError(f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make room and write them with RESUME=logs/{cfg.run_id}") from None
     if world_size > 1:
         dist.destroy_process_group()
     return result
@@ -766,9 +964,15 @@ def run(cfg, origin, warnings):
 def main():
     try:
         run(*load_config(Config, sys.argv[1:], os.environ, __doc__))
-    except (ValueError, OSError, SystemExit) as e:
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError, SystemExit, RuntimeError) as e:
         if isinstance(e, SystemExit) and not isinstance(e.code, str):
-            raise  # --help
+            raise  # --help, a signal
+        if isinstance(e, RuntimeError):
+            if not (isinstance(e, dist.DistError) or dist.is_initialized() and re.search(r"gloo|peer|socket", str(e), re.I)):
+                raise
+            e = f"lost contact with another rank, which has probably ended; its own message says why ({' '.join(str(e).split())[:150]})"
         message = f"error: {str(e).removeprefix('error: ')}"
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # what all ranks find wrong is said once, by the first, whose exit ends the others

@@ -69,7 +69,7 @@ def make_config(data_path, **settings):
 
 class MemoryLog:
     """A RunLog that keeps what is written."""
-    folder = Path("memory")
+    folder, wandb = Path("memory"), None
 
     def __init__(self):
         self.lines, self.rows, self.costs = [], [], []
@@ -79,6 +79,9 @@ class MemoryLog:
 
     note = line
 
+    def size(self, name):
+        return 0
+
     def metrics(self, step, train_time, values, more={}):
         self.rows.append((step, values))
         self.costs.append(more)
@@ -87,14 +90,14 @@ class MemoryLog:
         return [values[name] for _, values in self.rows if name in values]
 
 
-def train_in_process(cfg, loss_fn=None, warm_up=False, eval_fn=train_gpt.row_losses):
+def train_in_process(cfg, loss_fn=None, warm_up=False, eval_fn=train_gpt.row_losses, log=None, checkpoints=None, resumed=None):
     """Run the loop itself with loader, step and optimizers as they are: (model, MemoryLog)."""
     data = loader.open_data(cfg)
     share = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"), data.least_micro_batches)
-    model, log = train_gpt.build_model(cfg, data.vocab_size, share.device), MemoryLog()
+    model, log = train_gpt.build_model(cfg, data.vocab_size, share.device), log or MemoryLog()
     if warm_up:
         train_gpt.warm_up(model, loss_fn, cfg, data, share)
-    train_gpt.train(model, loss_fn or train_gpt.training_loss, eval_fn, cfg, data, share, log)
+    train_gpt.train(model, loss_fn or train_gpt.training_loss, eval_fn, cfg, data, share, log, checkpoints, resumed)
     return model, log
 
 
