@@ -36,9 +36,6 @@ class Stopping(Checkpoints):
         super().__init__(folder, every, 0.0, 0, MemoryLog())
         self.after = after
 
-    def due(self, step, done):
-        return super().due(step, done)
-
     @property
     def signal(self):
         self.after -= 1
@@ -72,14 +69,14 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(data_path, folders, tmp_p
 
 
 def test_a_checkpoint_holds_all_that_a_step_changes(data_path, tmp_path):
-    """A step more, with an optimizer's buffer left out of the checkpoint, gives other weights: the test above can fail."""
+    """With a buffer of an optimizer set to zero the run goes on to other weights: the test above can fail."""
     cfg = make_config(data_path)
     with pytest.raises(SystemExit):
         train_in_process(cfg, checkpoints=Stopping(tmp_path, 4))
     manifest, tensors = newest_checkpoint(tmp_path, [])
     whole, _ = train_in_process(cfg, resumed=(manifest, tensors))
-    for name in ("momentum", "exp_avg", "exp_avg_sq"):
-        left, _ = train_in_process(cfg, resumed=(manifest, {key: w for key, w in tensors.items() if not key.endswith(f".{name}")}))
+    for name in ("momentum", "exp_avg", "exp_avg_sq", "step"):
+        left, _ = train_in_process(cfg, resumed=(manifest, {key: 0 * w if key.endswith(f".{name}") else w for key, w in tensors.items()}))
         assert not all(torch.equal(w, left.state_dict()[key]) for key, w in weights_of(whole).items()), name
 
 
@@ -203,3 +200,267 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(data_path, run_id, ranks,
     assert done.returncode == 0, done.stderr
     assert f"resumed at step {step}" in (ROOT / "logs" / f"{run_id}-stopped" / "log.txt").read_text()
     assert same_run(f"{run_id}-whole", f"{run_id}-stopped")
+
+
+def test_resume_continues_what_it_should_and_refuses_the_rest(data_path, run_id):
+    """Settings, data and rank counts that would make another run; no run at all; a run without a checkpoint; a finished one."""
+    flags = [f"--run_id={run_id}", "--jepa_lambda=0.1", "--iterations=30", "--train_batch_tokens=192"]
+    one_line_error(run_cli(data_path, f"--resume=logs/{run_id}"), "no such run")
+    one_line_error(run_cli(data_path, "--resume=auto"), "needs RUN_ID")
+    process = start(data_path, *flags, "--resume=auto")
+    read_until(process, r"step:3/")
+    process.kill()
+    process.wait()
+    folder = ROOT / "logs" / run_id
+    assert not (folder / "checkpoint").exists()
+    cases = ((["--seed=5"], "SEED=5 (flag --seed): the run began with 1337"), (["--iterations=40"], "ITERATIONS=40"), (["--run_id=other"], "leave RUN_ID out"),
+             (["--train_batch_tokens=256"], "TRAIN_BATCH_TOKENS=256"))
+    for more, message in cases:
+        one_line_error(run_cli(data_path, *flags[1:], f"--resume=logs/{run_id}", *more), message)
+    done = run_cli(data_path, *flags, "--resume=auto", "--train_batch_tokens=192", ranks=4)
+    assert done.returncode != 0 and "TRAIN_BATCH_TOKENS=192 must be a multiple of ranks x GRAD_ACCUM_STEPS x TRAIN_SEQ_LEN = 4 x 1 x 32" in done.stderr
+    done = run_cli(data_path, *flags[1:], f"--resume=logs/{run_id}", ranks=2)  # 3 rows each: the same global batch
+    assert done.returncode == 0 and "resumed at step 0" in (folder / "log.txt").read_text(), done.stderr
+    again = run_cli(data_path, *flags, "--resume=auto")
+    assert again.returncode == 0 and again.stdout == done.stdout.splitlines()[-1] + "\n"
+    assert [row["step"] for row in metrics(run_id)] == [*range(1, 31), 30]
+
+
+def test_resume_says_that_the_source_changed_and_refuses_other_data(data_path, tmp_path, run_id):
+    root = tmp_path / "copy"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns("logs", "records", "tests", ".git", "stdlib*"))
+    shutil.copytree(data_path, tmp_path / "data")
+    flags = ["--iterations=400", "--checkpoint_every=2", f"--run_id={run_id}", "--resume=auto"]
+    process = start(str(tmp_path / "data"), *flags, root=root)
+    read_until(process, r"step:4/")
+    process.terminate()
+    process.wait()
+    text = (root / "jepa.py").read_text()
+    (root / "jepa.py").write_text(text + "# edited\n")
+    process = start(str(tmp_path / "data"), *flags, root=root)
+    read_until(process, r"warning: jepa.py is not what it was before step \d+: from here on this is another run")
+    process.kill()
+    process.wait()
+    assert text + "# edited" in (root / "logs" / run_id / "log.txt").read_text()
+    meta = tmp_path / "data" / "meta.json"
+    shutil.rmtree(tmp_path / "data")
+    from conftest import texts
+    from data.shards import prepare
+    prepare(tmp_path / "data", "tiny", lambda: iter(texts()), source="conftest.py", licence="MIT", val_fraction=0.2, vocab_size=300)
+    output = start(str(tmp_path / "data"), *flags, root=root).communicate()[0]
+    assert "not the data that" in output and meta.exists()
+
+
+# ---- bad numbers
+
+
+def poison(monkeypatch, at, change):
+    """Let change(model, losses) spoil what the backward passes of one step leave; returns the losses."""
+    original = train_gpt.accumulate_gradients
+
+    def spoilt(model, loss_fn, cfg, data, share, step, *rest, **more):
+        losses, flops = original(model, loss_fn, cfg, data, share, step, *rest, **more)
+        return change(model, losses) if step == at else losses, flops
+
+    monkeypatch.setattr(train_gpt, "accumulate_gradients", spoilt)
+
+
+def bad_gradient(model, losses):
+    next(model.blocks.parameters()).grad.view(-1)[3] = float("nan")
+    return losses
+
+
+def infinite_gain(model, losses):
+    [p for p in model.parameters() if p.dim() < 2][0].grad.fill_(float("inf"))
+    return losses
+
+
+SPOILT = {"loss": lambda model, losses: losses * float("nan"), "matrix": bad_gradient, "gain": infinite_gain}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw"}, {"jepa_lambda": 0.1, "jepa_update": "decoupled"}])
+def test_bad_numbers_never_reach_the_weights(data_path, monkeypatch, settings, what):
+    """Weights and optimizers after the bad step are those before it, and stop names the step."""
+    cfg = make_config(data_path, iterations=5, **settings)
+    poison(monkeypatch, 4, SPOILT[what])
+    seen = []
+    original = train_gpt.training_step
+
+    def watched(model, loss_fn, updates, *rest):
+        before = {name: t.clone() for name, t in train_gpt.run_tensors(model, updates, torch.zeros(1)).items()}
+        out = original(model, loss_fn, updates, *rest)
+        after = train_gpt.run_tensors(model, updates, torch.zeros(1))
+        seen.append({name for name, t in before.items() if not torch.equal(t, after[name])})
+        return out
+
+    monkeypatch.setattr(train_gpt, "training_step", watched)
+    with pytest.raises(ValueError, match="non-finite loss or gradient at step 5 "):
+        train_in_process(cfg)
+    assert seen[3] and not seen[4]
+
+
+def test_a_skipped_step_is_counted_and_the_run_goes_on(data_path, monkeypatch, tmp_path):
+    poison(monkeypatch, 2, bad_gradient)
+    cfg = make_config(data_path, nan_policy="skip")
+    data, log = None, MemoryLog()
+    _, log = train_in_process(cfg)
+    assert [line for line in log.lines if line.startswith("skipped: non-finite loss or gradient at step 3 ") and line.endswith("; 1 so far")]
+    assert [step for step, values in log.rows if "train_loss" in values] == [1, 2, 4, 5, 6, 7, 8]
+
+
+def test_a_spike_is_skipped_and_a_level_that_lasts_is_not(data_path, monkeypatch):
+    monkeypatch.setattr(train_gpt, "SPIKE_STEPS", 16)
+    original = train_gpt.accumulate_gradients
+
+    def spiking(model, loss_fn, cfg, data, share, step, *rest, **more):
+        losses, flops = original(model, loss_fn, cfg, data, share, step, *rest, **more)
+        if step == 20 or step >= 30:
+            for p in model.parameters():
+                p.grad *= 1000
+        return losses, flops
+
+    monkeypatch.setattr(train_gpt, "accumulate_gradients", spiking)
+    _, log = train_in_process(make_config(data_path, iterations=60, skip_sigma=6.0))
+    skipped = [int(re.search(r"a spike at step (\d+) ", line)[1]) for line in log.lines if line.startswith("skipped")]
+    assert skipped[:2] == [21, 31] and len(skipped) < 6
+    monkeypatch.setattr(train_gpt, "accumulate_gradients", original)
+    _, log = train_in_process(make_config(data_path, iterations=60, skip_sigma=6.0))
+    assert not [line for line in log.lines if line.startswith("skipped")]
+
+
+def test_two_ranks_stop_at_the_same_step_where_one_has_bad_numbers(data_path, run_id, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train_gpt
+original = train_gpt.accumulate_gradients
+def spoilt(model, loss_fn, cfg, data, share, step, *rest, **more):
+    out = original(model, loss_fn, cfg, data, share, step, *rest, **more)
+    if step == 4 and share.rank == 1:
+        next(model.blocks.parameters()).grad.view(-1)[0] = float("nan")
+    return out
+train_gpt.accumulate_gradients = spoilt
+train = train_gpt.train
+def said(*arguments):
+    try:
+        return train(*arguments)
+    except ValueError as e:
+        print("rank", os.environ["RANK"], e, flush=True)
+        raise
+train_gpt.train = said
+train_gpt.main()
+""")
+    settings = {**TINY, "data_path": data_path, "compile": 0, "run_id": run_id}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(driver), *(f"--{k}={v}" for k, v in settings.items())],
+                          cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert sorted(re.findall(r"rank (\d) non-finite loss or gradient at step (\d+) ", done.stdout)) == [("0", "5"), ("1", "5")], done.stdout + done.stderr
+
+
+# ---- ranks that die, disks that are full
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_message(data_path, run_id):
+    process = start(data_path, "--iterations=100000", "--train_log_every=50", f"--run_id={run_id}", ranks=2)
+    read_until(process, r"step:50/")
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    began = time.perf_counter()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    output = process.stdout.read()
+    assert process.wait(timeout=60) != 0 and time.perf_counter() - began < 60
+    assert "error: lost contact with another rank" in output or "Signal 9 (SIGKILL) received" in output, output
+
+
+SMALL = """mount -t tmpfs -o size={size} none logs && {prepare} ; "$@"; code=$?; {after} cp -r logs saved; exit $code"""
+
+
+def on_a_small_disk(data_path, tmp_path, size, *flags, prepare="true", after=""):
+    """A run whose logs/ is a file system of this size: (the finished process, what it left there). Skips where nothing may be mounted."""
+    root = tmp_path / "copy"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns("logs", "records", "tests", ".git", "stdlib*"))
+    (root / "logs").mkdir()
+    settings = {**TINY, "data_path": data_path, "compile": 0, "run_id": "small"}
+    command = [sys.executable, str(root / "train_gpt.py"), *(f"--{k}={v}" for k, v in settings.items()), *flags]
+    script = SMALL.format(size=size, prepare=prepare, after=after)
+    if subprocess.run(["unshare", "-Urm", "sh", "-c", "mount -t tmpfs none /mnt"], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", script, "sh", *command], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    return done, root / "saved" / "small"
+
+
+def whole_checkpoints(folder):
+    """The steps of the checkpoints that load."""
+    steps = []
+    for path in checkpoint.found(folder / "checkpoint"):
+        manifest, tensors = checkpoint.read_checkpoint(path)
+        steps.append(manifest["step"])
+    return steps
+
+
+def test_a_full_disk_costs_checkpoints_and_not_the_run(data_path, tmp_path):
+    """Room for the log and one checkpoint, not for a second one while the first is kept; then the run's own files don't fit."""
+    done, folder = on_a_small_disk(data_path, tmp_path, "1400k", "--iterations=30", "--checkpoint_every=10", "--model_dim=64")
+    assert "warning: no checkpoint could be written (step " in done.stdout and "No space left on device" in done.stdout, done.stdout + done.stderr
+    assert len(whole_checkpoints(folder)) == 1  # found all load: none is cut
+    assert done.stdout.splitlines()[-1].startswith("result: val_loss:")
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and line.startswith("error: ") and "No space left on device" in line and "RESUME=logs/small" in line
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_made_up_for(data_path, tmp_path):
+    """The disk is filled to the last byte while the run goes on, and freed again: no line is missing in the end."""
+    fill = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; head -c 100m /dev/zero > logs/filler; sleep 3; rm logs/filler) 2> /dev/null &"
+    done, folder = on_a_small_disk(data_path, tmp_path, "4m", "--iterations=1500", "--train_log_every=1", prepare=f"true; {fill} true")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    assert len(re.findall(r"warning: \S+log.txt: No space left on device; the run goes on", done.stdout)) == 1
+    assert "log.txt is written again, no line is lost" in done.stdout and "metrics.jsonl is written again" in done.stdout
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [*range(1, 1501), 1500]
+    log = (folder / "log.txt").read_text()
+    assert [int(n) for n in re.findall(r"^step:(\d+)/1500 train_loss", log, re.M)] == list(range(1, 1501))
+
+
+def test_a_read_only_disk_costs_checkpoints_and_not_the_run(data_path, tmp_path):
+    lock = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; mount -o remount,ro logs) &"
+    done, folder = on_a_small_disk(data_path, tmp_path, "8m", "--iterations=400", "--checkpoint_every=100", prepare=f"true; {lock} true")
+    assert "Read-only file system" in done.stdout and done.stdout.splitlines()[-1].startswith("result: "), done.stdout[-2000:] + done.stderr
+    assert done.returncode == 1 and "RESUME=logs/small" in done.stderr
+
+
+def test_a_quota_is_a_full_disk(data_path, tmp_path, monkeypatch):
+    """RLIMIT_FSIZE: no file above 64 KiB, where no file system can be mounted."""
+    log = MemoryLog()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with Checkpoints(tmp_path, 4, 0.0, 0, log) as checkpoints:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (65536, limit[1]))
+            train_in_process(make_config(data_path), checkpoints=checkpoints)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list((tmp_path / "checkpoint").iterdir())
+    assert len(log.lines) == 2 and all("File too large); the run goes on, there is none" in line for line in log.lines)
+
+
+@pytest.mark.nightly
+def test_soak(data_path, run_id):
+    """An hour (SOAK_SECONDS) of training with evaluations and checkpoints: memory and open files of the last half are those of the first."""
+    seconds = float(os.environ.get("SOAK_SECONDS", 3600))
+    process = start(data_path, "--iterations=100000000", f"--max_wallclock_seconds={seconds / 2}", "--val_loss_every=20", "--val_tokens=2000", "--checkpoint_every=25", "--diag_every=200",
+                    "--jepa_lambda=0.1", "--train_log_every=1000", f"--run_id={run_id}")
+    samples, proc = [], f"/proc/{process.pid}"
+    os.set_blocking(process.stdout.fileno(), False)
+    while process.poll() is None:
+        process.stdout.read()
+        try:
+            pages = int(open(f"{proc}/statm").read().split()[1])
+            samples.append((pages * resource.getpagesize(), len(os.listdir(f"{proc}/fd"))))
+        except OSError:
+            break
+        time.sleep(min(5, seconds / 100))
+    assert process.wait(timeout=120) == 0
+    middle = samples[len(samples) // 4:len(samples) * 3 // 4], samples[len(samples) * 3 // 4:]
+    (memory, files), (later, later_files) = (tuple(max(x) for x in zip(*part)) for part in middle)
+    print(f"memory {memory / 2**20:.1f} -> {later / 2**20:.1f} MiB, open files {files} -> {later_files}, {len(samples)} samples")
+    assert later < memory * 1.02 + 2**22 and later_files <= files
