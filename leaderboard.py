@@ -197,6 +197,8 @@ def faults(run):
             ("quantized_val_bpb", result["quantized_val_bpb"], "quantized_val_loss, at val_loss and val_bpb,", bpb and result["quantized_val_loss"] * bpb / loss)):
         if any(differences(value, other, key)):
             found.append(f"{run.name}: result.json has {key} {value}, its {where} {other}")
+    if changed := [line for line in lines if re.match(r"warning: \S+ is not what it was before step", line)]:
+        found.append(f"{run.name}: its source changed on the way: {changed[0]}")
     at, costs = run.steps[-1], [row["step_flops"] for row in run.steps]
     left = result["steps"] - at["step"]
     if not left * min(costs) / 4 <= result["train_flops"] - at["train_flops"] <= left * max(costs) * 4:  # a step with the term costs below four without

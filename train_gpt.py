@@ -515,8 +515,8 @@ class RunLog:
             self.go_on(resumed)
         if cfg.wandb:
             import wandb
-            self.wandb = wandb.init(project="nanojepa", name=cfg.run_id, config=dataclasses.asdict(cfg), dir=str(self.folder),
-                                    id=(resumed or {}).get("wandb"), resume="allow")
+            again = {"id": resumed["wandb"], "resume": "allow"} if resumed and resumed["wandb"] else {}
+            self.wandb = wandb.init(project="nanojepa", name=cfg.run_id, config=dataclasses.asdict(cfg), dir=str(self.folder), **again)
 
     def begin(self, cfg, origin):
         """Make the folder, and log what the run is."""
@@ -638,17 +638,18 @@ class Clock:
         return self.passed + (time.perf_counter() - self.since if self.since is not None else 0.0)
 
 
-def run_progress(cfg, step, flops, clock, share, signal=0):
-    """Fraction of the run that is done, as rank 0 sees it: the largest of steps, FLOPs and seconds. 1 or more: stop. And the
-    signal that any rank has received, 0 for none."""
+def run_progress(cfg, step, flops, clock, share, checkpoints=None):
+    """(fraction of the run that is done, as rank 0 sees it: the largest of steps, FLOPs and seconds, 1 or more: stop; the signal
+    that any rank has received, 0 for none; whether rank 0 has a checkpoint to write): the same on all ranks."""
     progress = max(step / cfg.iterations, flops / cfg.train_flops if cfg.train_flops else 0)
     if cfg.max_wallclock_seconds:
         progress = max(progress, clock.now() / cfg.max_wallclock_seconds)
+    signal, due = (checkpoints.signal, checkpoints.due(step, progress >= 1)) if checkpoints else (0, False)
     if share.world_size > 1:
-        shared = torch.tensor([progress if share.rank == 0 else 0.0, signal], dtype=torch.float64)
+        shared = torch.tensor([0.0 if share.rank else progress, signal, due], dtype=torch.float64)
         dist.all_reduce(shared, dist.ReduceOp.MAX)  # a CPU tensor: over gloo, so the GPU is not waited for
-        progress, signal = shared.tolist()
-    return progress, int(signal)
+        progress, signal, due = shared.tolist()
+    return progress, int(signal), bool(due)
 
 
 def jepa_schedule(cfg, progress, step):
@@ -738,15 +739,14 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints=None, resu
             log.metrics(number, train_time, dict(zip(("train_loss", "jepa_loss"), losses)), cost)
 
     while True:
-        progress, signal = run_progress(cfg, step, flops, clock, share, checkpoints.signal if checkpoints else 0)
-        done = progress >= 1
-        saved = step > begun and checkpoints and (checkpoints.due(step, done) or signal and share.rank == 0)
+        progress, signal, due = run_progress(cfg, step, flops, clock, share, checkpoints)
+        done, saved = progress >= 1, step > begun and (signal or due)
         diagnosed = cfg.diag_every and (done or step % cfg.diag_every == 0)
         validated = done or (cfg.val_loss_every and step and step % cfg.val_loss_every == 0)
-        if pending and (diagnosed or validated or saved or signal):
+        if pending and (diagnosed or validated or saved):
             settle(pending)
             pending = None
-        if saved:
+        if saved and share.rank == 0:
             clock.stop()
             checkpoints.save(step, run_tensors(model, updates, history), {
                 "train_flops": flops, "train_seconds": clock.passed, "skipped_steps": skipped, "result": dict(result), "metrics_bytes": log.size("metrics.jsonl"),
@@ -754,8 +754,7 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints=None, resu
                 "wandb": log.wandb and log.wandb.id})
             clock.start()
         if signal:
-            if checkpoints:
-                checkpoints.wait()
+            checkpoints.wait()
             log.line(f"stopped by {Signals(signal).name} at step {step}; go on with RESUME=logs/{cfg.run_id}")
             if share.world_size > 1:
                 dist.barrier()  # a rank that ends makes torchrun end the others
@@ -895,7 +894,7 @@ def run(cfg, origin, warnings):
         raise ValueError(f"DATA_PATH={cfg.data_path}: not the data that {cfg.run_id} began with; give it where that data is now")
     share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
     data.check_micro_batch(share)
-    model = build_model(cfg if manifest is None else dataclasses.replace(cfg, init_from=""), data.vocab_size, device)
+    model = build_model(dataclasses.replace(cfg, init_from="") if tensors else cfg, data.vocab_size, device)
     log = RunLog(cfg, origin, rank, manifest)
     parameters = sum(p.numel() for p in model.parameters())
     if data.no_bpb:

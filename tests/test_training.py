@@ -238,8 +238,8 @@ def test_wallclock_cap_stops_and_drives_the_schedule(data_path, monkeypatch):
     cfg, _, share, _ = setup(data_path, max_wallclock_seconds=10.0, iterations=100)
     clock = train_gpt.Clock(share.device)
     clock.passed = 4.0
-    assert train_gpt.run_progress(cfg, 20, 0, clock, share) == (0.4, 0)
-    assert train_gpt.run_progress(cfg, 70, 0, clock, share, 15) == (0.7, 15)
+    assert train_gpt.run_progress(cfg, 20, 0, clock, share) == (0.4, 0, False)
+    assert train_gpt.run_progress(cfg, 70, 0, clock, share) == (0.7, 0, False)
     monkeypatch.setattr(train_gpt.Clock, "now", lambda self: 0.11 * next(self.ticks))
     monkeypatch.setattr(train_gpt.Clock, "ticks", iter(range(10_000)), raising=False)
     _, log = train_in_process(make_config(data_path, max_wallclock_seconds=1.0, iterations=10_000, jepa_lambda=0.1, jepa_start_frac=0.5))
