@@ -37,41 +37,6 @@ def sha256_file(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def sync_folder(folder):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_atomic(path, data):
-    """Write bytes as a file that appears whole or not at all, and is on the disk when this returns."""
-    part = Path(f"{path}.part")
-    with open(part, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    sync_folder(Path(path).parent)
-
-
-def write_sealed(path, obj):
-    body = json.dumps(obj)[:-1]
-    write_atomic(path, f'{body}, "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"}}\n'.encode())
-
-
-def read_sealed(path):
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as e:
-        raise ValueError(f"{path}: {e.strerror}") from None
-    body, seal = raw[:-80], raw[-80:-1]
-    if len(raw) < 90 or raw[-1:] != b"\n" or f', "sha256": "{hashlib.sha256(body).hexdigest()}"}}'.encode() != seal:
-        raise ValueError(f"{path}: damaged")
-    return json.loads(raw)
-
-
 def write_shard(path, tokens):
     """Write tokens, any integers below 65536, as one shard; the file appears whole or not at all."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
