@@ -199,7 +199,7 @@ def content(path):
         if file.is_file():
             return digest(file.read_bytes())
     if (file := place / "meta.json").is_file():
-        return digest(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in ("source", "licence")}))
+        return digest(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in ("source", "licence", "sha256")}))
     return str(place.resolve()) if place.is_dir() else path  # a hub's name
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from pathlib import Path
 
-from data.shards import read_sealed, sync_folder, write_atomic, write_sealed
+from data.shards import read_sealed, sync_folder, write_whole, write_sealed
 from weights import from_safetensors, to_safetensors
 
 KEPT = 2  # the newest, and the one before it
@@ -74,8 +74,8 @@ class Checkpoints:
             for left in self.folder.glob("*.part"):  # of a process that was killed
                 shutil.rmtree(left)
             part.mkdir()
-            blob = to_safetensors(tensors)
-            write_atomic(part / "tensors.safetensors", blob)
+            blob = to_safetensors(tensors, seal=False)  # its sha256 is in the manifest
+            write_whole(part / "tensors.safetensors", blob)
             write_sealed(part / "manifest.json", {"step": step, **state, "files": {"tensors.safetensors": hashlib.sha256(blob).hexdigest()}})
             whole = part.with_suffix("")
             if whole.exists():  # damaged, or a resumed run would not write it again

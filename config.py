@@ -11,6 +11,10 @@ from pathlib import Path
 
 import yaml
 
+YAML_BYTES = 100_000  # of a file of settings, at most
+YAML_STARTS = yaml.BlockMappingStartToken, yaml.BlockSequenceStartToken, yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken
+YAML_ENDS = yaml.BlockEndToken, yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken
+
 
 def knob(default, doc, low=None, high=None, truth=False, choices=None):
     """A setting with its one line of documentation, and the range it must lie in, both ends included, or its choices. truth: an
@@ -52,8 +56,17 @@ def nearest(name, names):
 def read_yaml(path):
     """The mapping that a YAML file holds; ValueError says why it is none."""
     try:
-        loaded = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        with open(path, "rb") as f:
+            text = f.read(YAML_BYTES + 1)
+        if len(text) > YAML_BYTES:
+            raise ValueError(f"longer than {YAML_BYTES:,} bytes")
+        depth = 0
+        for token in yaml.scan(text):
+            depth += isinstance(token, YAML_STARTS) - isinstance(token, YAML_ENDS)
+            if depth > 10 or isinstance(token, yaml.AliasToken):  # a few lines of aliases can stand for gigabytes
+                raise ValueError("nested too deeply, or with aliases (*name), which are not read")
+        loaded = yaml.safe_load(text) or {}
+    except Exception as e:  # besides YAMLError, PyYAML lets through whatever its constructors raise
         raise ValueError(f"--config {path}: {' '.join(str(e).split())}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: must be lines of `key: value`")

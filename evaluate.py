@@ -36,18 +36,18 @@ import hashlib
 import json
 import math
 import random
+import reprlib
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import yaml
 
 import jepa
 import train_gpt
-from config import load_config
+from config import load_config, read_yaml
 from data.pairs import read_jsonl, seen_in_train
-from data.shards import progress, saved_encoding, sha256_file
+from data.shards import json_lines, progress, saved_encoding, sha256_file
 from loader import ExampleSet, PairData, open_data
 from model import tree_mask
 from scoring import TASKS, answer_of, is_right
@@ -220,14 +220,13 @@ def read_tasks(path, task=None, bad="stop"):
     examples = read_jsonl(path, bad)
     if examples[0][1] != "pairs":
         raise ValueError(f"{path} holds groups of paraphrases, here messages are needed; choose --similarity")
-    with open(path, "rb") as f:
-        lines = dict(enumerate(f, 1))
-    found = []
+    numbers, found = {number for number, *_ in examples}, []
+    records = {number: load() for number, load in json_lines(path) if number in numbers}
     for number, _, system, (user, target) in examples:
-        record = json.loads(lines[number])
+        record = records[number]
         name = task or record.get("task")
         if name not in TASKS:
-            raise ValueError(f"{path}, line {number}: " + ("no task" if name is None else f"unknown task {name!r}") + f'; give --task or a key "task", one of {", ".join(TASKS)}')
+            raise ValueError(f"{path}, line {number}: " + ("no task" if name is None else f"unknown task {reprlib.repr(name)}") + f'; give --task or a key "task", one of {", ".join(TASKS)}')
         found.append({"line": number, "task": name, "system": system, "user": user, "target": target, "record": record})
     return found
 
@@ -307,7 +306,7 @@ def open_output(path, header):
     try:
         there, *records = [json.loads(line) for line in whole.splitlines()] if whole else [header if first.startswith(known) else None]
         done = {record["line"]: record for record in records}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         there, done = None, {}
     if there != header:
         differs = f"of another {', '.join(k for k in header if there.get(k) != header[k])}" if isinstance(there, dict) else "not a file of predictions"
@@ -323,9 +322,9 @@ def open_output(path, header):
 def text_settings(folder):
     """(dataset.plain, dataset.remove_thinking) of finetune.py's config.yaml in a folder, its defaults without one."""
     try:
-        saved = yaml.safe_load((folder / "config.yaml").read_text())["dataset"]
+        saved = read_yaml(folder / "config.yaml")["dataset"]
         return bool(saved["plain"]), bool(saved["remove_thinking"])
-    except (OSError, yaml.YAMLError, TypeError, KeyError):  # none, or another program's
+    except (ValueError, TypeError, KeyError):  # none, or another program's
         return False, True
 
 

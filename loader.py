@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import jepa
-from data.shards import META_KEYS, check_shard, read_shard, token_table
+from data.shards import check_shard, hold_shard, read_meta, read_shard, token_table, tokenizer_file
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED_DATA = ("data/stdlib", "data/nlregex", "data/nlregex_groups")  # prepared where they are missing
@@ -57,7 +57,7 @@ class Shards:
 
     def __init__(self, cfg, folder=None, part=0, parts=1):
         self.cfg, self.folder = cfg, Path(folder or cfg.data_path)
-        self.meta = read_meta(self.folder)
+        self.meta, self.warnings = meta_of(self.folder), []
         files = {split: sorted(self.folder.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
         for split, found in files.items():
             if not found:
@@ -73,7 +73,10 @@ class Shards:
 
         mine = [(f, tokens) for split in files for f, tokens in zip(files[split], getattr(self, split))][part::parts]
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
-            largest = list(pool.map(lambda m: check_shard(*m, shards.get(m[0].name, {}).get("sha256")), mine))
+            unheld = [] if self.meta else [reason for reason in pool.map(lambda m: hold_shard(m[0]), mine) if reason]
+            largest = list(pool.map(lambda m: check_shard(*m, shards[m[0].name]["sha256"] if self.meta else None), mine))
+        if unheld:
+            self.warnings.append(f"{self.folder} cannot be written ({unheld[0]}), so the sha256 of its shards is not kept there: a change of them would go unseen")
         self.load_vocabulary(max(largest, default=0))
         for (file, _), token in zip(mine, largest):
             if token >= self.known_size:
@@ -82,7 +85,7 @@ class Shards:
     def load_vocabulary(self, largest):
         """Vocabulary size, document marker, bytes per token and the tokens' bytes, from meta.json or TOKENIZER; with
         neither, the size follows from the largest token, and no_bpb says why there is no val_bpb."""
-        tokenizer = self.folder / self.meta["tokenizer"]["file"] if self.meta else self.cfg.tokenizer
+        tokenizer = tokenizer_file(self.folder, self.meta) if self.meta else self.cfg.tokenizer
         self.token_table = token_table(str(tokenizer)) if tokenizer else None
         self.bytes_per_token = np.array([len(token) for token in self.token_table], dtype=np.int64) if tokenizer else None
         self.doc_token = self.meta["doc_token"] if self.meta else self.cfg.doc_token
@@ -121,7 +124,7 @@ class TokenData(Shards):
         if not self.first_row[-1]:
             raise ValueError(f"no train shard of {cfg.data_path} holds a row of TRAIN_SEQ_LEN={T} tokens; lower it")
         self.epoch = functools.lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([cfg.seed, epoch]).permutation(int(self.first_row[-1])))
-        self.warnings, self.least_micro_batches = [], 1  # micro-batches of a step and rank, where the config leaves it open
+        self.least_micro_batches = 1  # micro-batches of a step and rank, where the config leaves it open
         self.about = f"{sum(map(len, self.train)):,} train tokens"
 
     def check_micro_batch(self, share):
@@ -471,18 +474,11 @@ class PairData(Shards):
                 yield (first + (last - first) * n / len(batches)) / size, batch
 
 
-def read_meta(folder):
-    """The meta.json of a data folder, None where it has none; ValueError where there is no folder or it is not one of data/."""
+def meta_of(folder):
+    """The meta.json of a data folder, None where it has none; ValueError where there is no folder or it can't be trusted."""
     if not folder.is_dir():
         raise ValueError(f"DATA_PATH={folder}: no such folder; make one with a script in data/ (README, Data)")
-    file = folder / "meta.json"
-    try:
-        meta = json.loads(file.read_text()) if file.exists() else None
-    except ValueError as e:
-        raise ValueError(f"{file}: not valid JSON ({e}); make the data again") from None
-    if meta is not None and not (isinstance(meta, dict) and META_KEYS <= meta.keys()):
-        raise ValueError(f"{file}: not a meta.json of data/ (it has {', '.join(sorted(META_KEYS))}); remove it, or make the data again")
-    return meta
+    return read_meta(folder) if os.path.lexists(folder / "meta.json") else None
 
 
 def open_data(cfg):
@@ -499,8 +495,8 @@ def open_data(cfg):
             script.prepare_default(folder)
         if dist.is_initialized():
             dist.barrier()
-    meta = read_meta(folder)
-    paired = meta is not None and meta.get("kind") in ("pairs", "groups")
+    meta = meta_of(folder)
+    paired = meta is not None and "kind" in meta
     if (cfg.jepa_lambda or cfg.diag_every) and cfg.jepa_objective == "pair" and not paired:
         raise ValueError(f"JEPA_OBJECTIVE=pair: {cfg.data_path} holds text; it needs pairs or groups of texts, made by data/pairs.py or data/nlregex.py")
     return (PairData if paired else TokenData)(cfg, folder, local_rank, local_world_size)

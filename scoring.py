@@ -2,11 +2,16 @@
 
 Tasks: exact and startswith, the text itself; gsm8k, the number behind ####; nq_open, one of several short answers; choice, a letter;
 spider, a SQL query with the right result. SQL that a model has written is run by the sqlite3 module on a database opened for
-reading, one statement, for a limited time and result.
+reading, one statement, in a process of its own with limits on time, memory and result.
 """
+import contextlib
+import json
 import re
+import resource
 import sqlite3
 import string
+import subprocess
+import sys
 import time
 from collections import Counter
 from decimal import Decimal
@@ -17,7 +22,7 @@ TASKS = ("exact", "startswith", "gsm8k", "nq_open", "choice", "spider")
 QUOTED = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"  # SQL's texts, quoted names and comments
 SQL_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION}
 SQL_ERRORS = (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError)  # what a query may raise, for all that is written in it
-SQL_VALUE, SQL_RESULT = 10**6, 2**28  # bytes that one value, and all rows of a result, may take
+SQL_VALUE, SQL_RESULT, SQL_MEMORY = 10**6, 2**28, 2**31  # bytes that one value, all rows of a result, and its process may take
 
 
 def answer_of(example, databases=None, timeout=10.0):
@@ -41,7 +46,7 @@ def answer_of(example, databases=None, timeout=10.0):
         return letter[1]
     if task == "spider":
         name = record.get("db_id")
-        if not isinstance(name, str) or not name or Path(name).name != name:  # a name, no path that leads elsewhere
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:  # a name, no path that leads elsewhere
             raise ValueError('no "db_id", the name of a database; mend the line')
         if databases is None:
             raise ValueError("its task is spider; give --databases, the folder with <db_id>/<db_id>.sqlite")
@@ -50,7 +55,7 @@ def answer_of(example, databases=None, timeout=10.0):
             raise ValueError(f"no database {file}; check --databases")
         try:
             return file, run_sql(file, sql, timeout), is_ordered(sql)
-        except SQL_ERRORS as e:
+        except sqlite3.Error as e:
             raise ValueError(f"its SQL fails on {file} ({e}); mend the line, or raise --sql_timeout") from None
     return target
 
@@ -67,7 +72,7 @@ def is_right(task, text, answer, timeout=10.0):
         file, wanted, ordered = answer
         try:
             rows = run_sql(file, first_statement(text), timeout)
-        except SQL_ERRORS:
+        except sqlite3.Error:
             return False
         return rows == wanted if ordered else Counter(rows) == Counter(wanted)
     return text.startswith(answer) if task == "startswith" else text == answer
@@ -106,26 +111,62 @@ def is_ordered(sql):
 
 
 def run_sql(file, sql, timeout):
-    """The rows of one query, which may only read, and only for `timeout` seconds; one of SQL_ERRORS where it fails, wants
-    more, or is none."""
-    connection = sqlite3.connect(f"file:{quote(str(Path(file).resolve()))}?mode=ro", uri=True)
+    """The rows of one query, which may only read; sqlite3.Error where it fails, wants more, or is none.
+
+    SQLite looks at the clock between its steps alone, and one call of a function can take minutes: so this file runs it, as a
+    process that the kernel ends.
+    """
+    timeout = min(timeout, 86_400)  # inf is no limit of the kernel's
+    asked = json.dumps([str(Path(file).resolve()), sql, timeout, SQL_RESULT, SQL_MEMORY])
     try:
-        connection.text_factory = lambda raw: raw.decode(errors="surrogateescape")  # some databases of Spider aren't UTF-8
-        connection.execute("PRAGMA query_only=ON")
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, SQL_VALUE)
-        allow = lambda action, _, name, *__: action in SQL_ACTIONS and not (
-            action == sqlite3.SQLITE_FUNCTION and name.lower() in ("load_extension", "fts3_tokenizer"))
-        connection.set_authorizer(lambda *what: sqlite3.SQLITE_OK if allow(*what) else sqlite3.SQLITE_DENY)
-        deadline = time.monotonic() + timeout
-        connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)  # every so many steps of SQLite's machine
-        cursor, rows, size = connection.execute(sql), [], 0
-        if cursor.description is None:  # an empty text, or a comment: it has no result, so it must not equal an empty one
-            raise sqlite3.ProgrammingError("not a query")
-        for row in cursor:
-            rows.append(row)
-            size += 100 + sum(40 + (len(value) if isinstance(value, (str, bytes)) else 0) for value in row)  # as Python stores them
-            if size > SQL_RESULT or time.monotonic() > deadline:
-                raise sqlite3.DataError("its result is too large" if size > SQL_RESULT else "interrupted")
-        return rows
-    finally:
-        connection.close()
+        done = subprocess.run([sys.executable, "-I", "-S", __file__], input=asked.encode(), capture_output=True, timeout=2 * timeout + 60)
+        *rows, end = [json.loads(line, object_hook=lambda blob: bytes.fromhex(blob["bytes"])) for line in done.stdout.splitlines()] or [None]
+    except (subprocess.TimeoutExpired, ValueError):
+        end = None  # it was ended from outside, maybe in the middle of a line
+    if not isinstance(end, str) or end:
+        raise sqlite3.OperationalError(end or "interrupted: too much time or memory for one step")
+    return list(map(tuple, rows))
+
+
+def answer_query():
+    """The process of run_sql: a line of JSON a row, and last an empty text, or what is wrong."""
+    file, sql, timeout, most, memory = json.load(sys.stdin)
+    for kind, limit in ((resource.RLIMIT_CPU, int(timeout) + 2), (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_AS, memory)):
+        with contextlib.suppress(OSError, ValueError):  # not every system has each of them
+            resource.setrlimit(kind, (limit, limit))
+    try:
+        size = 0
+        for row in query(file, sql, timeout):
+            line = json.dumps(row, default=lambda blob: {"bytes": blob.hex()})
+            size += 100 + len(line)
+            if size > most:
+                raise sqlite3.DataError("its result is too large")
+            print(line)
+        print(json.dumps(""))
+    except SQL_ERRORS as e:
+        print(json.dumps(str(e) or type(e).__name__))
+
+
+def query(file, sql, timeout):
+    """Yield the rows of a query; one of SQL_ERRORS where it does more than read."""
+    connection = sqlite3.connect(f"file:{quote(file)}?mode=ro&immutable=1", uri=True)  # immutable: else SQLite writes -shm and -wal files
+    connection.text_factory = lambda raw: raw.decode(errors="surrogateescape")  # some databases of Spider aren't UTF-8
+    for pragma in ("query_only=ON", "trusted_schema=OFF", "temp_store=MEMORY"):
+        connection.execute(f"PRAGMA {pragma}")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, SQL_VALUE)
+    allow = lambda action, _, name, *__: action in SQL_ACTIONS and not (
+        action == sqlite3.SQLITE_FUNCTION and name.lower() in ("load_extension", "fts3_tokenizer"))
+    connection.set_authorizer(lambda *what: sqlite3.SQLITE_OK if allow(*what) else sqlite3.SQLITE_DENY)
+    deadline = time.monotonic() + timeout
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)  # every so many steps of SQLite's machine
+    cursor = connection.execute(sql)
+    if cursor.description is None:  # an empty text, or a comment: it has no result, so it must not equal an empty one
+        raise sqlite3.ProgrammingError("not a query")
+    for row in cursor:
+        if time.monotonic() > deadline:
+            raise sqlite3.OperationalError("interrupted")
+        yield row
+
+
+if __name__ == "__main__":
+    answer_query()

@@ -28,7 +28,7 @@ import yaml
 import jepa
 from checkpoint import Checkpoints, newest_checkpoint
 from config import check_ranges, knob, load_config
-from data.shards import write_atomic
+from data.shards import write_whole
 from loader import open_data
 from model import GPT, GPTConfig, Linear, norm, tree_mask
 from weights import dequantize, load_weights, quantize, to_safetensors
@@ -532,7 +532,7 @@ class RunLog:
         for name, value in dataclasses.asdict(cfg).items():
             self.line(f"config {name}: {value!r} ({origin[name]})")
         settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("run_id", "resume")}  # to be used again
-        write_atomic(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())  # last: from here on there is a run to resume
+        write_whole(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())  # last: from here on there is a run to resume
 
     def go_on(self, manifest):
         """Take up the files of a run at its checkpoint."""
@@ -929,8 +929,8 @@ def run(cfg, origin, warnings):
     artifact, lost = quantize(state), None
     try:
         if rank == 0:
-            write_atomic(log.folder / "model.safetensors", to_safetensors(state))
-            write_atomic(log.folder / "model.int8.zlib", artifact)
+            write_whole(log.folder / "model.safetensors", to_safetensors(state))
+            write_whole(log.folder / "model.int8.zlib", artifact)
     except OSError as e:  # the numbers are known all the same
         lost = e
     model.load_state_dict(dequantize(artifact))
@@ -952,7 +952,7 @@ def run(cfg, origin, warnings):
         try:  # last: what has a result is finished
             if lost:
                 raise lost
-            write_atomic(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+            write_whole(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         except OSError as e:
             raise ValueError(f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make room and write them with RESUME=logs/{cfg.run_id}") from None
     if world_size > 1:

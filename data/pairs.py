@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import load_tokenizer, progress, sha256_file, token_bytes, train_bpe, write_meta, write_ranks, write_shard
+from data.shards import (json_lines, load_tokenizer, progress, read_meta, sha256_file, sync_folder, token_bytes, train_bpe, write_meta, write_ranks,
+                         write_shard, write_whole)
 
 PRED_TOKENS = 10  # [PRED] tokens a vocabulary of pairs has: JEPA_PRED_TOKENS uses the first ones
 
@@ -53,7 +54,7 @@ def parse(record):
         if role not in roles:
             raise ValueError(f"no message of role {role}")
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
-        raise ValueError(f"roles {roles}: only one user and one assistant message are known, after at most one system message")
+        raise ValueError(f"roles {str(roles)[:100]}: only one user and one assistant message are known, after at most one system message")
     system = messages[0].get("content") if len(messages) == 3 else None
     if system:
         check_text(system, "system")
@@ -81,7 +82,7 @@ def read(records, where, bad):
     for number, parse_record in records:
         try:
             found.append((number, *parse_record()))
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:  # the latter from a message that shows what is nested deeply
             if bad == "stop":
                 raise SystemExit(f"error: {where}, line {number}: {e}; mend it, or skip such lines with --bad skip") from None
             skipped += 1
@@ -99,15 +100,8 @@ def read(records, where, bad):
 
 def read_jsonl(path, bad="stop", limit=None):
     """As read(), of a file with a JSON object a line, the first `limit` of them; empty lines don't count."""
-    def load(line):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"not JSON ({e})") from None
-        return parse(record)
     try:
-        with open(path, "rb") as f:
-            return read(itertools.islice(((n, lambda: load(line)) for n, line in enumerate(f, 1) if line.strip()), limit), str(path), bad)
+        return read(((n, lambda: parse(load())) for n, load in itertools.islice(json_lines(path), limit)), str(path), bad)
     except OSError as e:
         raise SystemExit(f"error: {path}: {e.strerror}; check the path") from None
 
@@ -195,13 +189,14 @@ def prepare_pairs(out, train, test, *, source, licence="unknown", system="auto",
         write_shard(work / file, np.array(tokens))
         shards[file] = {"sha256": sha256_file(work / file), "tokens": len(tokens), "text_bytes": sum(len(v.encode()) for e in examples for v in e)}
     for name, text in files.items():
-        (work / name).write_text(text, encoding="utf-8")
+        write_whole(work / name, text.encode())
     write_ranks(work / "tokenizer.tiktoken", token_bytes(encoding))
     write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str}, table=table, doc_token=marker,
                shards=shards, source=source, licence=licence, kind=kind, separator=separator, first_pred=separator + 1,
                keep_system=keep, overlap=overlap(views["train"], views["val"], kind))
     os.replace(work, out)
-    return json.loads((out / "meta.json").read_text())
+    sync_folder(out.parent)
+    return read_meta(out)
 
 
 def describe(meta):

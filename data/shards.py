@@ -2,11 +2,16 @@
 
 A shard is the llm.c format: 256 little-endian int32 (magic 20240520, version 1, token count, zeros),
 then the tokens as uint16. Every document begins with the document marker, a token of its own.
-`meta.json`: tokenizer, vocab_size, doc_token, bytes_per_token (UTF-8 bytes, 0 for the marker), shards
-(file name -> sha256, tokens, and text_bytes, the size of the raw text in it), source, licence.
+`meta.json`: tokenizer (with the sha256 of its file), vocab_size, doc_token, bytes_per_token (UTF-8 bytes, 0 for the
+marker), shards (file name -> sha256, tokens, and text_bytes, the size of the raw text in it), source, licence; last its
+own sha256. A shard of another project has a file <shard>.sha256 beside it, from its first use on.
 """
 import base64
+import contextlib
+import errno
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -16,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
-META_KEYS = {"tokenizer", "vocab_size", "doc_token", "source", "licence", "shards", "bytes_per_token"}
+LINE_BYTES = 10_000_000  # of a line of JSON, at most
 SHARD_TOKENS = 100_000_000  # as the FineWeb shards of modded-nanogpt: 200 MB a file
 # How text is cut before BPE: GPT-4's pattern with runs of at most two digits (as nanochat), which suits small vocabularies.
 SPLIT_PATTERN = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}"
                  r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+")
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 def progress(iterable, total=None, desc=""):
@@ -37,15 +43,92 @@ def sha256_file(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def sync_folder(path):
+    """Wait until the names in a folder are on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # some network file systems can't
+            raise
+    finally:
+        os.close(folder)
+
+
+def write_whole(path, *chunks):
+    """Write bytes into a file that appears whole or not at all, whatever kills the process or the machine."""
+    part = Path(f"{path}.part{os.urandom(4).hex()}")  # nodes that share a disk may have the same process ids
+    try:
+        with open(part, "xb") as f:
+            for chunk in chunks:
+                f.write(chunk)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    sync_folder(Path(path).parent)
+
+
+def seal_of(text):
+    """The last key and the end of a sealed JSON object that begins with this text, bytes."""
+    return b'"sha256": "%s"}' % hashlib.sha256(text).hexdigest().encode()
+
+
+def write_sealed(path, obj):
+    """Write a dict as one JSON object whose last key, sha256, is the digest of the text before it."""
+    assert "sha256" not in obj
+    text = json.dumps(obj)[:-1].encode() + (b", " if obj else b"")
+    write_whole(path, text, seal_of(text))
+
+
+def read_sealed(path):
+    """The dict of a file that write_sealed has written; ValueError names the file and says why it is not that."""
+    try:
+        blob = Path(path).read_bytes()
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be read ({e.strerror})") from None
+    text = blob[:-len(seal_of(b""))]
+    if blob[len(text):] != seal_of(text):
+        raise ValueError(f"{path}: its last key is not the sha256 of the text before it, so it was damaged, or written by something else")
+    try:
+        obj = json.loads(blob)
+        del obj["sha256"]
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}: not a JSON object ({e})") from None
+    return obj
+
+
+def json_lines(path):
+    """Yield (number, function that returns the line's JSON or raises ValueError) of a file's lines that aren't blank. A line
+    that is too long is never held in memory."""
+    def load(line):
+        if line is None:
+            raise ValueError(f"longer than {LINE_BYTES:,} bytes")
+        try:
+            return json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"not JSON ({e})") from None
+    with open(path, "rb") as f:
+        for number in itertools.count(1):
+            line = f.readline(LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > LINE_BYTES and not line.endswith(b"\n"):
+                part, line = line, None
+                while part and not part.endswith(b"\n"):
+                    part = f.readline(2**16)
+            if line is None or line.strip():
+                yield number, functools.partial(load, line)
+
+
 def write_shard(path, tokens):
-    """Write tokens, any integers below 65536, as one shard; the file appears whole or not at all."""
+    """Write tokens, any integers below 65536, as one shard."""
     header = np.zeros(HEADER_INTS, dtype="<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    part = Path(f"{path}.part")
-    with open(part, "wb") as f:
-        f.write(header.tobytes())
-        f.write(np.asarray(tokens, dtype="<u2").tobytes())
-    os.replace(part, path)
+    write_whole(path, header.tobytes(), np.asarray(tokens, dtype="<u2").tobytes())
 
 
 def read_shard(path):
@@ -68,6 +151,21 @@ def check_shard(path, tokens, sha256=None):
     if sha256 is not None and sha256_file(path) != sha256:
         raise ValueError(f"{path}: its sha256 is not the one in meta.json; fetch or make it again")
     return int(tokens.max())
+
+
+def hold_shard(path):
+    """Hold a shard without meta.json to the sha256 it had when it was first used, which stands in <path>.sha256 as sha256sum
+    writes it. Why it can't be, or ""; ValueError where it differs."""
+    beside, line = Path(f"{path}.sha256"), f"{sha256_file(path)}  {Path(path).name}\n".encode()
+    if not os.path.lexists(beside):
+        try:
+            write_whole(beside, line)
+        except OSError as e:
+            return e.strerror
+    elif beside.read_bytes() != line:
+        raise ValueError(f"{path}: its sha256 is not the one it had when it was first used, in {beside}; fetch the shard again, or remove that file if "
+                         "the shard was meant to change")
+    return ""
 
 
 def train_bpe(texts, vocab_size):
@@ -95,8 +193,7 @@ def load_tokenizer(name):
         raise SystemExit(f"error: tokenizer {name!r} needs tiktoken: pip install tiktoken, or give a file of ranks") from None
     if os.path.exists(name):
         ranks = read_ranks(name)
-        pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-        encoding = tiktoken.Encoding(Path(name).stem, pat_str=pattern, mergeable_ranks=ranks,
+        encoding = tiktoken.Encoding(Path(name).stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                      special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
     elif name in tiktoken.list_encoding_names():
         try:
@@ -115,20 +212,35 @@ def load_tokenizer(name):
 def saved_encoding(folder, meta):
     """The tiktoken Encoding with which a data folder was made, without its marker: for encode_ordinary."""
     import tiktoken
-    saved = meta["tokenizer"]
-    return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], mergeable_ranks=read_ranks(Path(folder) / saved["file"]), special_tokens={})
+    saved, ranks = meta["tokenizer"], read_ranks(tokenizer_file(folder, meta))
+    try:
+        return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens={})
+    except ValueError as e:
+        raise ValueError(f"{Path(folder) / 'meta.json'}: its tokenizer has no pattern that can be used ({' '.join(str(e).split())[:200]}); make the data again") from None
+
+
+def tokenizer_file(folder, meta):
+    """The file of ranks of a data folder; ValueError where its sha256 is not the one in meta.json."""
+    path = Path(folder) / meta["tokenizer"]["file"]
+    if not path.is_file() or sha256_file(path) != meta["tokenizer"]["sha256"]:
+        raise ValueError(f"{path}: {'its sha256 is not the one in meta.json' if path.is_file() else 'no such file'}; make the data again")
+    return path
 
 
 def read_ranks(path):
     """{token bytes: rank} of a tiktoken file; SystemExit naming file and line where one doesn't parse."""
-    ranks = {}
+    ranks, seen = {}, set()
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                token, rank = base64.b64decode(token, validate=True), int(rank)
             except ValueError:
                 raise SystemExit(f"error: {path}, line {number}: not 'base64-token rank': is this a tiktoken file?") from None
+            if not token or not 0 <= rank < 2**31 or token in ranks or rank in seen:
+                raise SystemExit(f"error: {path}, line {number}: a token or rank that is empty, out of range, or there twice: is this a tiktoken file?")
+            ranks[token] = rank
+            seen.add(rank)
     if not ranks:
         raise SystemExit(f"error: {path} holds no ranks: give a tiktoken file, or a tokenizer's name")
     return ranks
@@ -136,10 +248,7 @@ def read_ranks(path):
 
 def write_ranks(path, table):
     """Write a token table as a tiktoken file, which read_ranks and tiktoken read."""
-    with open(path, "wb") as f:
-        for i, token in enumerate(table):
-            if token:
-                f.write(base64.b64encode(token) + b" %d\n" % i)
+    write_whole(path, *(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(table) if token))
 
 
 def token_table(tokenizer):
@@ -258,13 +367,48 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
     write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str},
                table=table, doc_token=marker, shards=shards, source=source, licence=licence)
     os.replace(work, out)
+    sync_folder(out.parent)
     return out
 
 
 def write_meta(folder, *, tokenizer, table, doc_token, shards, source, licence, **more):
     """meta.json, last of all: a folder without it is not finished. more: what pairs data says besides."""
-    meta = {"tokenizer": tokenizer, "vocab_size": len(table), "doc_token": doc_token, "source": source,
-            "licence": licence, **more, "shards": shards, "bytes_per_token": [len(token) for token in table]}
-    part = Path(folder) / "meta.json.part"
-    part.write_text(json.dumps(meta))
-    os.replace(part, Path(folder) / "meta.json")
+    tokenizer = {**tokenizer, "sha256": sha256_file(Path(folder) / tokenizer["file"])}
+    write_sealed(Path(folder) / "meta.json", {"tokenizer": tokenizer, "vocab_size": len(table), "doc_token": doc_token, "source": source,
+                                              "licence": licence, **more, "shards": shards, "bytes_per_token": [len(token) for token in table]})
+
+
+def is_index(x, end):
+    return type(x) is int and 0 <= x < end  # and no bool
+
+
+def is_sha256(x):
+    return isinstance(x, str) and re.fullmatch("[0-9a-f]{64}", x) is not None
+
+
+# key of a meta.json -> (what its value x must be, whether it is that; m: the whole, its keys above being right)
+META = {
+    "vocab_size": ("a number from 1 to 65,536", lambda x, m: is_index(x, 65537) and x > 0),
+    "doc_token": ("a token", lambda x, m: is_index(x, m["vocab_size"])),
+    "bytes_per_token": ("vocab_size numbers", lambda x, m: isinstance(x, list) and len(x) == m["vocab_size"] and all(is_index(n, 2**31) for n in x)),
+    "tokenizer": ("file, a name without a folder, name, pattern and sha256", lambda x, m: isinstance(x, dict) and is_sha256(x.get("sha256")) and all(
+        isinstance(x.get(key), str) for key in ("file", "name", "pattern")) and not {"/", "\\", "\0"} & set(x["file"]) and x["file"] not in ("", ".", "..")),
+    "shards": ("the sha256 of each shard", lambda x, m: isinstance(x, dict) and all(isinstance(s, dict) and is_sha256(s.get("sha256")) for s in x.values()))}
+META_PAIRS = {  # where there is a kind
+    "kind": ("pairs or groups", lambda x, m: x in ("pairs", "groups")),
+    "separator": ("a token other than doc_token", lambda x, m: is_index(x, m["vocab_size"]) and x != m["doc_token"]),
+    "first_pred": ("a token behind separator and doc_token", lambda x, m: is_index(x, m["vocab_size"]) and x > max(m["separator"], m["doc_token"])),
+    "keep_system": ("true or false", lambda x, m: isinstance(x, bool))}
+
+
+def read_meta(folder):
+    """The meta.json of a data folder; ValueError names what in it is damaged, missing or impossible."""
+    file = Path(folder) / "meta.json"
+    try:
+        meta = read_sealed(file)
+    except ValueError as e:
+        raise ValueError(f"{e}; make the data again with its script in data/") from None
+    for key, (what, fits) in (META | (META_PAIRS if "kind" in meta else {})).items():
+        if not fits(meta.get(key), meta):
+            raise ValueError(f"{file}: {key} is not {what}; make the data again")
+    return meta

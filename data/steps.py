@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.pairs import read, read_jsonl, record_of
+from data.shards import write_whole
 
 SEPARATORS = {"lines": r"\n", "paragraphs": r"\n\s*\n"}
 FINAL_ANSWER = re.compile(r"(?:\A|\n)####[ \t]*\S[^\n]*\Z|\\boxed\{")
@@ -49,14 +50,10 @@ def convert(views, format, drop=False):
 
 def write_lines(path, records):
     """Write a JSON object a line; the file appears whole or not at all."""
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        os.replace(part, path)
+        write_whole(path, *(json.dumps(record).encode() + b"\n" for record in records))
     except OSError as e:
-        if part.exists():  # unlink(missing_ok=True) fails where a folder of the path is a file
-            part.unlink()
         raise SystemExit(f"error: {path}: cannot be written ({e.strerror}); choose another --out") from None
 
 

@@ -10,12 +10,11 @@ BPE trained on the training documents. The val split is made of whole documents;
 """
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import prepare
+from data.shards import json_lines, prepare
 
 
 def text_file(path, separator):
@@ -28,22 +27,20 @@ def text_file(path, separator):
     return lambda: iter(parts)
 
 
-def json_lines(path, field):
+def field_of(path, field):
     """A function that returns an iterator over one field of a JSON-lines file; SystemExit names the line that is wrong."""
     def documents():
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    try:
-                        text = json.loads(line)[field]
-                        if isinstance(text, str):
-                            text.encode()  # half a surrogate pair has no UTF-8 form
-                    except (ValueError, KeyError, TypeError) as e:
-                        raise SystemExit(f"error: {path}, line {number}: no JSON object with the field {field!r} ({e}); choose --field") from None
-                    if not isinstance(text, str):
-                        raise SystemExit(f"error: {path}, line {number}: field {field!r} is not a text; choose --field")
-                    if text:
-                        yield text
+        for number, load in json_lines(path):
+            try:
+                text = load()[field]
+                if isinstance(text, str):
+                    text.encode()  # half a surrogate pair has no UTF-8 form
+            except (ValueError, KeyError, TypeError) as e:
+                raise SystemExit(f"error: {path}, line {number}: no JSON object with the field {field!r} ({e}); choose --field") from None
+            if not isinstance(text, str):
+                raise SystemExit(f"error: {path}, line {number}: field {field!r} is not a text; choose --field")
+            if text:
+                yield text
     return documents
 
 
@@ -81,7 +78,7 @@ def main(argv=None):
     if not Path(args.source).is_file():
         documents = hub_dataset(args.source, args.name, args.split, args.field)
     elif Path(args.source).suffix in (".jsonl", ".json"):
-        documents = json_lines(args.source, args.field)
+        documents = field_of(args.source, args.field)
     else:
         documents = text_file(args.source, args.separator)
     chosen = documents if args.documents is None else lambda: itertools.islice(documents(), args.documents)

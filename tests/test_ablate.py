@@ -18,6 +18,7 @@ import train_gpt
 import hf
 from ablate import Arm
 from conftest import ROOT, TINY
+from data.pairs import prepare_pairs
 
 GPT, HF = "train_gpt.py", "finetune.py"
 
@@ -312,6 +313,13 @@ def test_a_run_is_another_one_where_anything_that_makes_it_is(tmp_path, monkeypa
     changed = planned(tmp_path, arms=[f"jepa.py:{test}"], flags=["--jepa_lambda=1"])[1][1]  # an arm's source is that of now, with its file
     source = lambda run, file: (Path(run.command[1]).parent / file).read_text()
     assert of_file.folder != changed.folder and source(changed, "model.py") == "# edited\n" != source(of_file, "model.py") and source(changed, "jepa.py") == "x"
+
+
+def test_data_made_of_another_place_is_the_same_input(tmp_path):
+    made = lambda name, source, code: prepare_pairs(tmp_path / name, *[[(1, "pairs", None, ["a", code])]] * 2, source=source, vocab_size=258)
+    made("here", "/home/a/x.jsonl", "b"), made("there", "/root/x.jsonl", "b"), made("other", "/root/x.jsonl", "c")
+    here, there, other = (ablate.content(str(tmp_path / name)) for name in ("here", "there", "other"))
+    assert here == there != other
 
 
 def test_a_run_s_name_covers_all_that_is_counted_as_source():

@@ -170,7 +170,14 @@ def snapshot(folder):
     ("SELECT load_extension('x')", "not authorized"), ("SELECT Load_Extension('x')", "not authorized"), ("SELECT fts3_tokenizer('simple')", "not authorized|no such function"),
     ("SELECT 1; DROP TABLE pet", "one statement"), ("WITH t AS (SELECT 1) INSERT INTO pet SELECT 1, 2", "not authorized"), ("", "not a query"), ("-- nothing", "not a query"),
     (".shell touch made", "syntax error"), (".output made\nSELECT 1", "syntax error"), ("SELECT '\0'", "null character"), ("SELECT '\ud800'", "surrogates"),
-    ("SELECT length(zeroblob(500000000))", "too big"), ("SELECT * FROM nowhere", "no such table")])
+    ("SELECT length(zeroblob(500000000))", "too big"), ("SELECT length(randomblob(500000000))", "too big"), ("SELECT * FROM nowhere", "no such table"),
+    ("PRAGMA writable_schema=ON", "not authorized"), ("UPDATE sqlite_master SET sql = ''", "not authorized|may not be modified"), ("PRAGMA trusted_schema=ON", "not authorized"),
+    ("PRAGMA temp_store_directory='.'", "not authorized"), ("CREATE VIRTUAL TABLE v USING fts5(a)", "not authorized"), ("CREATE TEMP TRIGGER t AFTER INSERT ON pet BEGIN SELECT 1; END", "not authorized"),
+    ("CREATE TEMP VIEW v AS SELECT 1", "not authorized"), ("ALTER TABLE pet RENAME TO dog", "not authorized"), ("REINDEX pet", "not authorized|readonly|not a query"), ("ANALYZE", "not authorized"), ("VACUUM", "authoriz|readonly"),
+    ("SAVEPOINT s", "not authorized"), ("ATTACH ':memory:' AS o", "not authorized"), ("ATTACH 'file:made.sqlite?mode=rwc' AS o", "not authorized"), ("DETACH main", "not authorized"),
+    ("SELECT * FROM pragma_database_list", "not authorized"), ("SELECT readfile('/etc/hostname')", "no such function"), ("SELECT writefile('made', 'x')", "no such function"),
+    ("SELECT edit('x', 'touch made')", "no such function"), ("SELECT fts3_tokenizer('simple', x'00')", "not authorized|no such function"), ("SELECT load_extension('x', 'y')", "not authorized"),
+    ("SELECT (" + "(" * 100_000, "overflow|too large|too big"), ("SELECT 1" + " UNION SELECT 1" * 100_000, "too many terms|too big")])
 def test_sql_that_does_more_than_read_fails_and_changes_nothing(database, monkeypatch, sql, error):
     monkeypatch.chdir(database)
     before = snapshot(database)
@@ -190,6 +197,36 @@ def test_an_endless_query_is_stopped(database, sql):
     assert 0.3 <= time.monotonic() - began < 3
 
 
+@pytest.mark.parametrize("sql", ["SELECT instr(hex(zeroblob(490000)), hex(zeroblob(245000)) || 'b')", "SELECT length(printf('%.*c', 2000000000, 'x'))"])
+def test_one_step_that_takes_long_is_ended_by_the_kernel(database, sql):
+    """SQLite looks at the clock between the steps alone; left to themselves, these functions take ten seconds and more."""
+    began = time.monotonic()
+    try:
+        scoring.run_sql(database / "pets" / "pets.sqlite", sql, 0.1)
+    except sqlite3.Error as e:
+        assert "interrupted" in str(e) or "too big" in str(e)
+    assert time.monotonic() - began < 10  # 2 s of CPU, on a machine that does other things too
+
+
+@pytest.mark.parametrize("sql", [f"SELECT {', '.join(['randomblob(999999)'] * 1500)}", ENDLESS + "randomblob(99999) AS b FROM t ORDER BY b",
+                                 ENDLESS + "count(*) FROM (SELECT DISTINCT randomblob(99999) FROM t)"])
+def test_memory_has_a_limit_and_no_file_takes_what_is_over_it(database, monkeypatch, sql):
+    monkeypatch.setattr(scoring, "SQL_MEMORY", 2**28)
+    monkeypatch.setenv("SQLITE_TMPDIR", str(database))
+    before = snapshot(database)
+    with pytest.raises(sqlite3.Error, match="MemoryError|memory"):
+        scoring.run_sql(database / "pets" / "pets.sqlite", sql, 60)
+    assert snapshot(database) == before
+
+
+def test_reading_a_database_with_a_write_ahead_log_leaves_no_file(database):
+    connection = sqlite3.connect(database / "pets" / "pets.sqlite")
+    assert connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
+    connection.close()
+    before = snapshot(database)
+    assert scoring.run_sql(database / "pets" / "pets.sqlite", "SELECT count(*) FROM pet", 5) == [(5,)] and snapshot(database) == before
+
+
 def test_a_large_result_is_stopped(database, monkeypatch):
     monkeypatch.setattr(scoring, "SQL_RESULT", 10_000)
     began = time.monotonic()
@@ -205,6 +242,8 @@ def test_queries_that_only_read_work(database):
     assert run(ENDLESS + "max(n) FROM (SELECT n FROM t LIMIT 9)") == [(9,)]
     assert run("SELECT age FROM pet WHERE name = (SELECT max(name) FROM pet WHERE name LIKE 'T%')") == [(3,)]
     assert len(run("SELECT name FROM pet WHERE age = 9")[0][0]) == 2
+    assert run("SELECT 1.5, x'00ff', NULL, 9223372036854775807, 'é' || char(10, 0), 1e999, -0.1, ''") == [(1.5, b"\x00\xff", None, 2**63 - 1, "é\n\0", float("inf"), -0.1, "")]
+    assert run("SELECT 1 WHERE 0") == [] and len(scoring.run_sql(database / "pets" / "pets.sqlite", "SELECT 1", float("inf"))) == 1
 
 
 @pytest.mark.parametrize("sql, ordered", [
@@ -239,7 +278,8 @@ def test_spider_compares_results(database):
 
 
 def test_spider_lines_that_cannot_be_judged(database):
-    for record, gold, message in (({}, "SELECT 1", 'no "db_id"'), ({"db_id": "../pets"}, "SELECT 1", 'no "db_id"'), ({"db_id": "cats"}, "SELECT 1", r"no database .*cats.sqlite"),
+    for record, gold, message in (({}, "SELECT 1", 'no "db_id"'), *(({"db_id": name}, "SELECT 1", 'no "db_id"') for name in ("../pets", "..", ".", "", "/etc", "pets/../pets", None, 5, ["pets"])), ({"db_id": "a\0b"}, "SELECT 1", "no database"),
+                                  ({"db_id": "cats"}, "SELECT 1", r"no database .*cats.sqlite"),
                                   ({"db_id": "pets"}, "SELECT x FROM pet", "its SQL fails on .*pets.sqlite .*no such column")):
         with pytest.raises(ValueError, match=message):
             scoring.answer_of(example("spider", gold, **record), database)

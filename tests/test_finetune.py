@@ -1,8 +1,10 @@
 """finetune.py's step against a plain reference that runs every view by itself, unpacked, written from FIELD-style formulas and
 from templates spelt out by hand; and its runs: resume, ranks, saved models, settings."""
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -747,6 +750,43 @@ def test_keys_of_loading_reach_the_loaders(models, questions, tmp_path, monkeypa
     assert len(layouts.read_records(str(bad), configure("m", "x", "o"), "train", 3)) == 3
     assert seen["model"]["cache_dir"] == seen["tokenizer"]["cache_dir"] == "mc" and seen["model"]["trust_remote_code"] is True
     assert processes == [(2, None), (3, 2)]
+
+
+def test_code_that_comes_with_a_model_is_run_only_when_asked(models, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "cache"), *sys.path])
+    folder, ran = Path(shutil.copytree(models["llama"], tmp_path / "model")), tmp_path / "ran"
+    (folder / "own.py").write_text(f"from pathlib import Path\nfrom transformers import LlamaConfig, LlamaForCausalLM\nPath({str(ran)!r}).touch()\n"
+                                   "class OwnConfig(LlamaConfig):\n    model_type = 'own'\nclass OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for main, flags in ((finetune.main, ["--model_name", str(folder), "--train_file", questions, "--output_dir", str(tmp_path / "out"), "--dtype", "float32"]),
+                        (evaluate.main, ["--model", str(folder), "--data", questions, "--task", "exact", "--output", str(tmp_path / "out.jsonl")])):
+        with pytest.raises(SystemExit, match="cannot be loaded .*contains custom code"):
+            main(flags)
+        assert not ran.exists()
+    evaluate.open_model(str(folder), torch.float32, False, True)
+    assert ran.exists()
+
+
+def test_a_checkpoint_is_read_without_running_what_is_in_it(models, questions, tmp_path):
+    """What a pickle would run stays undone in every file of the Trainer's that could be one."""
+    flags = ["--num_epochs", "2", "--save_steps", "1", "--batch_size", "4", "--grad_accum", "2", "--regular"]
+    ran, hostile = tmp_path / "ran", type("Hostile", (), {"__reduce__": lambda self: (Path.touch, (tmp_path / "ran",))})()
+    finetune.run(configure(models["llama"], questions, tmp_path / "out", *flags), {})
+    middle, found = tmp_path / "out" / "checkpoint-1", 0
+    for name in sorted(p.name for p in middle.iterdir() if p.suffix in (".pt", ".pth", ".bin")):
+        whole, found = (middle / name).read_bytes(), found + 1
+        (tmp_path / "out" / "result.json").unlink(missing_ok=True)
+        torch.save(hostile, middle / name)
+        with pytest.raises(Exception, match="[Ww]eights.only") if name != "training_args.bin" else contextlib.nullcontext():  # that one isn't read at all
+            finetune.run(configure(models["llama"], questions, tmp_path / "out", "--resume", str(middle), *flags), {})
+        assert not ran.exists(), name
+        (middle / name).write_bytes(whole)
+    assert found >= 4
+    torch.save(hostile, tmp_path / "x.pt")
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    assert ran.exists()  # it would have
 
 
 def test_weights_of_the_loss_and_flops_are_printed(models, questions, tmp_path, capsys):

@@ -12,6 +12,8 @@ import time
 
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 
 import checkpoint
 import train_gpt
@@ -50,10 +52,10 @@ def weights_of(model):
     return {name: w.clone() for name, w in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind, settings", SETTINGS)
-def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(data_path, folders, tmp_path, kind, settings):
+@pytest.mark.parametrize("kind, changes", SETTINGS)
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(data_path, folders, tmp_path, kind, changes):
     """Weights and everything that is logged, but the time, are those of the run that nobody stopped."""
-    cfg = make_config({"text": data_path, **folders}[kind], **({"train_seq_len": 64} if kind != "text" else {}), **settings)
+    cfg = make_config({"text": data_path, **folders}[kind], **({"train_seq_len": 64} if kind != "text" else {}), **changes)
     whole, log = train_in_process(cfg)
     for stop in (1, 3, 4, 7):
         run, first = tmp_path / str(stop), MemoryLog()
@@ -105,6 +107,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(data_path, tmp
     (older / "manifest.json").write_text((older / "manifest.json").read_text().replace('"step": 4', '"step": 5'))
     with pytest.raises(ValueError, match="no checkpoint of this run is whole"):
         newest_checkpoint(tmp_path, [])
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_mutation_of_a_checkpoint_is_silent(saved, tmp_path_factory, data):
+    """A byte changed, cut, added or zeroed anywhere in it; both files."""
+    folder = tmp_path_factory.mktemp("mutated") / saved.name
+    shutil.copytree(saved, folder)
+    file = folder / data.draw(st.sampled_from(["manifest.json", "tensors.safetensors"]))
+    blob = file.read_bytes()
+    at, kind = data.draw(st.integers(0, len(blob) - 1)), data.draw(st.sampled_from(["flip", "cut", "add", "zero"]))
+    changed = {"flip": blob[:at] + bytes([blob[at] ^ data.draw(st.integers(1, 255))]) + blob[at + 1:], "cut": blob[:at],
+               "add": blob[:at] + data.draw(st.binary(min_size=1, max_size=9)) + blob[at:], "zero": blob[:at] + bytes(16) + blob[at + 16:]}[kind]
+    assume(changed != blob)
+    file.write_bytes(changed)
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        checkpoint.read_checkpoint(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def saved(data_path, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    with Checkpoints(run, 8, 0.0, 0, MemoryLog()) as checkpoints:
+        train_in_process(make_config(data_path), checkpoints=checkpoints)
+    return checkpoint.found(run / "checkpoint")[-1]
 
 
 # ---- the real process
@@ -279,10 +307,10 @@ SPOILT = {"loss": lambda model, losses: losses * float("nan"), "matrix": bad_gra
 
 
 @pytest.mark.parametrize("what", SPOILT)
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw"}, {"jepa_lambda": 0.1, "jepa_update": "decoupled"}])
-def test_bad_numbers_never_reach_the_weights(data_path, monkeypatch, settings, what):
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw"}, {"jepa_lambda": 0.1, "jepa_update": "decoupled"}])
+def test_bad_numbers_never_reach_the_weights(data_path, monkeypatch, changes, what):
     """Weights and optimizers after the bad step are those before it, and stop names the step."""
-    cfg = make_config(data_path, iterations=5, **settings)
+    cfg = make_config(data_path, iterations=5, **changes)
     poison(monkeypatch, 4, SPOILT[what])
     seen = []
     original = train_gpt.training_step
