@@ -294,7 +294,7 @@ def poison(monkeypatch, at, change):
 
 
 def bad_gradient(model, losses):
-    next(model.blocks.parameters()).grad.view(-1)[3] = float("nan")
+    next(p for p in model.blocks.parameters() if min(p.shape[-2:]) > 2).grad[1, 2] = float("nan")
     return losses
 
 
@@ -331,7 +331,6 @@ def test_bad_numbers_never_reach_the_weights(data_path, monkeypatch, changes, wh
 def test_a_skipped_step_is_counted_and_the_run_goes_on(data_path, monkeypatch, tmp_path):
     poison(monkeypatch, 2, bad_gradient)
     cfg = make_config(data_path, nan_policy="skip")
-    data, log = None, MemoryLog()
     _, log = train_in_process(cfg)
     assert [line for line in log.lines if line.startswith("skipped: non-finite loss or gradient at step 3 ") and line.endswith("; 1 so far")]
     assert [step for step, values in log.rows if "train_loss" in values] == [1, 2, 4, 5, 6, 7, 8]
@@ -343,7 +342,7 @@ def test_a_spike_is_skipped_and_a_level_that_lasts_is_not(data_path, monkeypatch
 
     def spiking(model, loss_fn, cfg, data, share, step, *rest, **more):
         losses, flops = original(model, loss_fn, cfg, data, share, step, *rest, **more)
-        if step == 20 or step >= 30:
+        if step == 20 or step >= 40:  # by then the first one has left the window
             for p in model.parameters():
                 p.grad *= 1000
         return losses, flops
@@ -351,7 +350,7 @@ def test_a_spike_is_skipped_and_a_level_that_lasts_is_not(data_path, monkeypatch
     monkeypatch.setattr(train_gpt, "accumulate_gradients", spiking)
     _, log = train_in_process(make_config(data_path, iterations=60, skip_sigma=6.0))
     skipped = [int(re.search(r"a spike at step (\d+) ", line)[1]) for line in log.lines if line.startswith("skipped")]
-    assert skipped[:2] == [21, 31] and len(skipped) < 6
+    assert skipped[:2] == [21, 41] and len(skipped) < 6
     monkeypatch.setattr(train_gpt, "accumulate_gradients", original)
     _, log = train_in_process(make_config(data_path, iterations=60, skip_sigma=6.0))
     assert not [line for line in log.lines if line.startswith("skipped")]
