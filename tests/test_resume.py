@@ -427,7 +427,7 @@ def whole_checkpoints(folder):
 
 def test_a_full_disk_costs_checkpoints_and_not_the_run(data_path, tmp_path):
     """Room for the log and one checkpoint, not for a second one while the first is kept; then the run's own files don't fit."""
-    done, folder = on_a_small_disk(data_path, tmp_path, "1400k", "--iterations=30", "--checkpoint_every=10", "--model_dim=64")
+    done, folder = on_a_small_disk(data_path, tmp_path, "1900k", "--iterations=30", "--checkpoint_every=10", "--model_dim=64")
     assert "warning: no checkpoint could be written (step " in done.stdout and "No space left on device" in done.stdout, done.stdout + done.stderr
     assert len(whole_checkpoints(folder)) == 1  # found all load: none is cut
     assert done.stdout.splitlines()[-1].startswith("result: val_loss:")
