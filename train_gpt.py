@@ -546,8 +546,8 @@ class RunLog:
         for name, sha256 in manifest.get("sources", {}).items():
             if sha256 != source_hashes().get(name):
                 text = (ROOT / name).read_text(encoding="utf-8") if name in SOURCES else ""
-                self.line(f"warning: {name} is not what it was before step {manifest['step']}: from here on this is another run; its source is in the log")
                 self.note(f"{'=' * 40} {name}, changed\n{text}\n{'=' * 40} run")
+                self.line(f"warning: {name} is not what it was before step {manifest['step']}: from here on this is another run; its source is in the log")
 
     def append(self, name, text):
         """Append text to a file of the run, whole or not at all."""

@@ -231,21 +231,30 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(data_path, run_id, ranks,
 
 
 def test_resume_continues_what_it_should_and_refuses_the_rest(data_path, run_id):
-    """Settings, data and rank counts that would make another run; no run at all; a run without a checkpoint; a finished one."""
+    """Settings and rank counts that would make another run; no run at all; a run without a checkpoint; a finished one."""
     flags = [f"--run_id={run_id}", "--jepa_lambda=0.1", "--iterations=30", "--train_batch_tokens=192"]
-    one_line_error(run_cli(data_path, f"--resume=logs/{run_id}"), "no such run")
-    one_line_error(run_cli(data_path, "--resume=auto"), "needs RUN_ID")
+
+    def found(*more):
+        """What find_run makes of the command, as a user would give it."""
+        given = [*(f"--{key}={value}" for key, value in {**TINY, "data_path": data_path, "compile": 0}.items()), *flags[1:], *more]
+        return train_gpt.find_run(*train_gpt.load_config(train_gpt.Config, given, {}), 0)
+
+    with pytest.raises(ValueError, match="no such run"):
+        found(f"--resume=logs/{run_id}")
+    with pytest.raises(ValueError, match="needs RUN_ID"):
+        found("--resume=auto")
     process = start(data_path, *flags, "--resume=auto")
     read_until(process, r"step:3/")
     process.kill()
     process.wait()
     folder = ROOT / "logs" / run_id
     assert not (folder / "checkpoint").exists()
-    cases = ((["--seed=5"], "SEED=5 (flag --seed): the run began with 1337"), (["--iterations=40"], "ITERATIONS=40"), (["--run_id=other"], "leave RUN_ID out"),
-             (["--train_batch_tokens=256"], "TRAIN_BATCH_TOKENS=256"))
-    for more, message in cases:
-        one_line_error(run_cli(data_path, *flags[1:], f"--resume=logs/{run_id}", *more), message)
-    done = run_cli(data_path, *flags, "--resume=auto", "--train_batch_tokens=192", ranks=4)
+    for more, message in (["--seed=5"], r"SEED=5 \(flag --seed\): the run began with 1337"), (["--iterations=40"], "ITERATIONS=40"), (["--run_id=other"], "leave RUN_ID out"):
+        with pytest.raises(ValueError, match=message):
+            found(f"--resume=logs/{run_id}", *more)
+    cfg, origin, manifest, tensors = found(f"--resume=logs/{run_id}", "--grad_accum_steps=2", "--checkpoint_every=7")
+    assert (cfg.grad_accum_steps, cfg.checkpoint_every, cfg.jepa_lambda, manifest, tensors) == (2, 7, 0.1, {}, None) and origin["seed"] == f"{run_id}/config.yaml"
+    done = run_cli(data_path, *flags, "--resume=auto", ranks=4)
     assert done.returncode != 0 and "TRAIN_BATCH_TOKENS=192 must be a multiple of ranks x GRAD_ACCUM_STEPS x TRAIN_SEQ_LEN = 4 x 1 x 32" in done.stderr
     done = run_cli(data_path, *flags[1:], f"--resume=logs/{run_id}", ranks=2)  # 3 rows each: the same global batch
     assert done.returncode == 0 and "resumed at step 0" in (folder / "log.txt").read_text(), done.stderr
@@ -437,19 +446,19 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data_path, tmp_path):
 
 def test_a_log_that_cannot_be_written_is_said_once_and_made_up_for(data_path, tmp_path):
     """The disk is filled to the last byte while the run goes on, and freed again: no line is missing in the end."""
-    fill = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; head -c 100m /dev/zero > logs/filler; sleep 3; rm logs/filler) 2> /dev/null &"
-    done, folder = on_a_small_disk(data_path, tmp_path, "4m", "--iterations=1500", "--train_log_every=1", prepare=f"true; {fill} true")
+    fill = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; head -c 100m /dev/zero > logs/filler; sleep 1; rm logs/filler) 2> /dev/null &"
+    done, folder = on_a_small_disk(data_path, tmp_path, "4m", "--iterations=600", "--train_log_every=1", prepare=f"true; {fill} true")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert len(re.findall(r"warning: \S+log.txt: No space left on device; the run goes on", done.stdout)) == 1
     assert "log.txt is written again, no line is lost" in done.stdout and "metrics.jsonl is written again" in done.stdout
-    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [*range(1, 1501), 1500]
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [*range(1, 601), 600]
     log = (folder / "log.txt").read_text()
-    assert [int(n) for n in re.findall(r"^step:(\d+)/1500 train_loss", log, re.M)] == list(range(1, 1501))
+    assert [int(n) for n in re.findall(r"^step:(\d+)/600 train_loss", log, re.M)] == list(range(1, 601))
 
 
 def test_a_read_only_disk_costs_checkpoints_and_not_the_run(data_path, tmp_path):
     lock = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; mount -o remount,ro logs) &"
-    done, folder = on_a_small_disk(data_path, tmp_path, "8m", "--iterations=400", "--checkpoint_every=100", prepare=f"true; {lock} true")
+    done, folder = on_a_small_disk(data_path, tmp_path, "8m", "--iterations=200", "--checkpoint_every=50", prepare=f"true; {lock} true")
     assert "Read-only file system" in done.stdout and done.stdout.splitlines()[-1].startswith("result: "), done.stdout[-2000:] + done.stderr
     assert done.returncode == 1 and "RESUME=logs/small" in done.stderr
 
