@@ -529,7 +529,7 @@ def compared_with(grid):
 
 
 def study_readme(folder, grids):
-    lines = [f"# {folder.name}", "", marked(text_of(folder / "README.md")), "", f"All of it: `sh {shown(folder)}/run.sh`", ""]
+    lines = [f"# {folder.name}", "", marked(text_of(folder / "README.md")), "", f"All of it: `bash {shown(folder)}/run.sh`", ""]
     for grid in grids:
         data = ", ".join(f"{path} (sha256 {sha or 'unknown'})" for path, sha in grid["data"].items())
         lines += [f"## {grid['grid']}", "", f"`python ablate.py {shlex.join(grid['command'])}`", "", f"Data: {data}.",
@@ -539,11 +539,11 @@ def study_readme(folder, grids):
 
 
 def study_rows(folder, grids):
-    """The rows of README.md's table: every compared arm of a study, by its grid's first metric. Its cost is in FLOPs: seconds tell
-    more of a machine that runs several at a time than of an arm."""
+    """The rows of README.md's table: every arm of a study that was tested against its twin, by its grid's first metric; those of a grid with fewer
+    than 3 seeds, made to choose a setting, are not. Its cost is in FLOPs: seconds tell more of a machine that runs several at a time than of an arm."""
     for grid in grids:
         metric, rows = grid["tables"][0]["metric"], {row["arm"]: row for row in grid["tables"][0]["arms"]}
-        for arm, found in ((arm, arm["paired"]) for arm in rows.values() if "paired" in arm):
+        for arm, found in ((arm, arm["paired"]) for arm in rows.values() if "paired" in arm and arm["paired"]["holm"] is not None):
             flops = arm["flops"] and rows[arm["twin"]]["flops"] and arm["flops"] / rows[arm["twin"]]["flops"]
             interval = " .. ".join(filter(None, (show(found["low"], "+.5f"), show(found["high"], "+.5f"))))
             yield (f"[{folder.name}]({shown(folder)}/README.md)", grid["grid"], arm["arm"], ", ".join(grid["data"]), found["n"], metric,

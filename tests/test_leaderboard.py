@@ -410,6 +410,15 @@ def test_a_study_of_a_grid(root, capsys):
     assert check(capsys)[0]  # words are free
 
 
+def test_a_grid_that_chooses_a_setting_stays_in_its_study(root):
+    """Two seeds claim nothing: its table is in the study's README, and not in the first one."""
+    folder = make_study(root)
+    choice = make_grid(root, "choice", (101, 102), {(arm, seed + 100): value for (arm, seed), value in VALUES.items() if seed < 3}, lambdas="0.3,0.4")
+    leaderboard.main(["study", str(root / "ablations" / "lambda"), choice, "--name", "S"])
+    assert "## choice" in (folder / "README.md").read_text() and "| choice |" not in (root / "README.md").read_text()
+    assert (root / "README.md").read_text().count("| lambda |") == 2
+
+
 def test_a_half_finished_study_continues_elsewhere(root, capsys):
     half = {key: value for key, value in VALUES.items() if key[1] == 1 or key == (0, 2)}
     grid = make_grid(root, "lambda", (1, 2), half)
