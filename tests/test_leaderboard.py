@@ -290,6 +290,8 @@ FAULTS = {  # a record's file and what becomes of it -> what check says of it
     "artifact": (lambda f: edit_log(f, "better-1", (b"s:%d" % (1000 + SOURCE_BYTES), b"s:99"), (b'"artifact_bytes": %d' % (1000 + SOURCE_BYTES), b'"artifact_bytes": 99')),
                  "better-1: result.json has artifact .* = 99, its log 1,000 bytes"),
     "weights and source": (lambda f: edit_log(f, "better-1", (b": 1,000 bytes", b": 1,001 bytes")), "better-1: result.json has artifact .*, its log 1,001 bytes"),
+    "source that changed": (lambda f: edit_log(f, "better-1", (b"\nartifact: ", b"\nwarning: jepa.py is not what it was before step 9: from here on this is another run\nartifact: ")),
+                            "better-1: its source changed on the way: warning: jepa.py"),
     "a result of one letter": (lambda f: edit_archive(f / "logs.tar.xz", lambda n, b: b[:b.index(b"result: ")] + b"result: x" if n == "better-1/log.txt" else b), "better-1: result.json has steps 1000, its log None"),
     "log without an imported file": (lambda f: edit_log(f, "better-1", (b"from jepa import", b"from data import")), "better-1/log.txt doesn't hold its source: no data/y.py"),
     "no result": (lambda f: (f / "result.json").unlink(), "better: no result.json"),
