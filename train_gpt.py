@@ -803,7 +803,7 @@ def find_run(cfg, origin, warnings, rank):
     if not cfg.resume:
         return cfg, origin, None, None
     folder = ROOT / "logs" / (cfg.run_id if cfg.resume == "auto" else Path(cfg.resume).name)
-    if cfg.resume != "auto" and (Path(cfg.resume).resolve() != folder or not folder.is_dir()):
+    if cfg.resume != "auto" and (Path(cfg.resume).resolve() != folder.resolve() or not folder.is_dir()):
         raise ValueError(f"RESUME={cfg.resume}: no such run; give the logs/<run> of one, or auto and its RUN_ID")
     if cfg.run_id not in ("", folder.name):
         raise ValueError(f"RUN_ID={cfg.run_id}: RESUME={cfg.resume} goes on as {folder.name}; leave RUN_ID out")
