@@ -492,7 +492,11 @@ def sampled(model, eval_fn, data, share, log):
     train_gpt.sample_text(model, data, data.cfg)
     return evaluate(model, eval_fn, data, share, log)
 train_gpt.evaluate = sampled
-train_gpt.run_progress, progress = lambda cfg, *rest: (max(progress(cfg, *rest)[0], (time.time() - began) / {seconds}), *progress(cfg, *rest)[1:]), train_gpt.run_progress
+progress = train_gpt.run_progress
+def bounded(*arguments):
+    done, *rest = progress(*arguments)
+    return max(done, (time.time() - began) / {seconds}), *rest
+train_gpt.run_progress = bounded
 train_gpt.main()
 """)
     settings = {**TINY, "data_path": data_path, "compile": 0, "run_id": run_id, "iterations": 10**9, "val_loss_every": 20, "val_tokens": 2000, "checkpoint_every": 25, "diag_every": 200,
