@@ -2,7 +2,7 @@
 Newton-Schulz or anywhere else, fails here; where it is meant, `python tests/test_golden.py` writes tests/golden.json anew.
 
 Two CPUs differ by the order in which they add up. That command runs every curve with other vector instructions too (CAPABILITIES), which reorders sums as another
-CPU would; a curve's tolerance is MARGIN times the largest difference it finds, since other CPUs are not just these, and at least FLOOR, some ten float32 roundings of a loss.
+CPU would; a curve's tolerance is MARGIN times the largest difference it finds, since other CPUs are not just these, and at least FLOOR, 64 float32 roundings of a loss.
 """
 import json
 import os
@@ -21,7 +21,7 @@ from data.shards import prepare
 
 FILE = Path(__file__).with_name("golden.json")
 CAPABILITIES = ("default", "avx2", "avx512")  # of ATEN_CPU_CAPABILITY; oneDNN and MKL held to AVX2 with the first two
-MARGIN, FLOOR = 20, 1e-5
+MARGIN, FLOOR = 20, 4e-6
 RUNS = {"ntp": ("text", {}), "adamw": ("text", {"optimizer": "adamw"}), "span": ("text", {"jepa_lambda": 0.1}),
         "span_decoupled": ("text", {"jepa_lambda": 0.1, "jepa_update": "decoupled", "jepa_layer": 1}), "span_l2": ("text", {"jepa_lambda": 0.1, "jepa_distance": "l2", "jepa_start_frac": 0.25}),
         "pair": ("pairs", {"jepa_lambda": 0.1, "jepa_objective": "pair", "loss_on": "target"}), "pair_infonce": ("groups", {"jepa_lambda": 0.1, "jepa_objective": "pair", "jepa_distance": "infonce"}),
@@ -87,11 +87,13 @@ def test_twenty_fine_tuning_steps_are_those_of_the_golden_curve(tmp_path, name):
     compare(name, tuned_curve(tmp_path, TUNED[name]))
 
 
-def test_a_small_change_of_numerics_fails(data, monkeypatch):
-    original = train_gpt.orthogonalize
+@pytest.mark.parametrize("name", ["ntp", "span", "pair"])
+def test_a_small_change_of_numerics_fails(data, monkeypatch, name):
+    """Muon's updates a thousandth longer."""
+    original, (kind, settings) = train_gpt.orthogonalize, RUNS[name]
     monkeypatch.setattr(train_gpt, "orthogonalize", lambda g: original(g) * 1.001)
     with pytest.raises(AssertionError, match="the numbers changed"):
-        compare("ntp", curve(data["text"], {}))
+        compare(name, curve(data[kind], settings))
 
 
 def all_curves():
