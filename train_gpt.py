@@ -387,6 +387,12 @@ def apply_gradients(optimizers, progress, cfg, weight=1.0, bad=None):
     """One step of the optimizers of a gradient, with weight times the learning rates of this moment of the run; clears it.
     bad: 0-dim tensor; where it is 1, weights and optimizers stay as they are."""
     warmdown = min(1.0, (1 - progress) / cfg.warmdown_frac) if cfg.warmdown_frac else 1.0
+    if bad is not None and not bad.is_cuda:  # known already; a GPU would have to be waited for
+        if bad:
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            return
+        bad = None
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * warmdown * (1.0 if group.get("term_only") else weight)

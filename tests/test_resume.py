@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import checkpoint
+import loader
 import train_gpt
 from checkpoint import Checkpoints, newest_checkpoint
 from conftest import ROOT, TINY, MemoryLog, make_config, result_of, run_cli, train_in_process
@@ -335,6 +336,28 @@ def test_bad_numbers_never_reach_the_weights(data_path, monkeypatch, changes, wh
     with pytest.raises(ValueError, match="non-finite loss or gradient at step 5 "):
         train_in_process(cfg)
     assert seen[3] and not seen[4]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_an_optimizer_told_of_bad_numbers_on_the_device_changes_nothing(data_path, optimizer):
+    """What a GPU does, where the step is taken before anybody has looked: the optimizers' own way out, from their first step on."""
+    cfg = make_config(data_path, optimizer=optimizer)
+    data = loader.open_data(cfg)
+    share = train_gpt.divide_batch(cfg, 0, 1, torch.device("cpu"), 1)
+    ends = []
+    for rounds in (("bad", "good", "bad", "good"), ("good", "good")):
+        model = train_gpt.build_model(cfg, data.vocab_size, share.device)
+        (optimizers,) = train_gpt.build_updates(model, cfg)
+        for n, kind in enumerate(rounds):
+            train_gpt.accumulate_gradients(model, train_gpt.training_loss, cfg, data, share, rounds[:n].count("good"), None)
+            for p in model.parameters():
+                p.grad.view(-1)[0] = float("nan") if kind == "bad" else p.grad.view(-1)[0]
+            for o in optimizers:
+                o.found_inf = torch.tensor(float(kind == "bad"))
+                o.step()
+                o.zero_grad()
+        ends.append(train_gpt.run_tensors(model, [optimizers], torch.zeros(1)))
+    assert ends[0].keys() == ends[1].keys() and all(torch.equal(t, ends[1][name]) for name, t in ends[0].items())
 
 
 def test_a_skipped_step_is_counted_and_the_run_goes_on(data_path, monkeypatch, tmp_path):
