@@ -542,7 +542,8 @@ class RunLog:
 
     def go_on(self, manifest):
         """Take up the files of a run at its checkpoint."""
-        self.note(f"{'=' * 40} resumed at step {manifest.get('step', 0)}\n{describe_machine()}")
+        self.note(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run")
+        self.line(f"resumed at step {manifest.get('step', 0)}{', not bit for bit on a GPU, whose embedding backward uses atomic adds' * torch.cuda.is_available()}")
         metrics, kept = self.folder / "metrics.jsonl", manifest.get("metrics_bytes", 0)
         size = metrics.stat().st_size if metrics.exists() else 0
         if size < kept:

@@ -172,5 +172,5 @@ def test_package_needs_nothing_but_torch_numpy_and_yaml_to_import():
     for name in train_gpt.SOURCES:
         for node in ast.parse((train_gpt.ROOT / name).read_text()).body:  # top level: the rest is imported where it is used
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
-            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "loader", "data", "weights", "config"}
+            third_party |= {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"jepa", "model", "loader", "data", "weights", "config", "checkpoint"}
     assert third_party == {"torch", "numpy", "yaml"}
