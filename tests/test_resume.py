@@ -265,7 +265,7 @@ def test_resume_continues_what_it_should_and_refuses_the_rest(data_path, run_id)
     assert done.returncode == 0 and f"resumed at step {step}\n" in done.stdout, done.stderr
     whole = run_cli(data_path, f"--run_id={run_id}-whole", *flags[1:])
     losses, expected = ([row["train_loss"] for row in metrics(name) if "train_loss" in row] for name in (run_id, f"{run_id}-whole"))
-    assert whole.returncode == 0 and losses == pytest.approx(expected, abs=1e-4)  # another order of rows is off by 0.02 and more
+    assert whole.returncode == 0 and losses == pytest.approx(expected, abs=1e-3)  # 8e-5 by sums in another order; two steps' losses differ by 8e-3 and more
     again = run_cli(data_path, *flags, "--resume=auto")
     assert again.returncode == 0 and again.stdout == done.stdout.splitlines()[-1] + "\n"
     assert [row["step"] for row in metrics(run_id)] == [*range(1, 31), 30]
