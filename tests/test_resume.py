@@ -49,8 +49,8 @@ class Stopping(Checkpoints):
         pass
 
 
-def weights_of(model):
-    return {name: w.clone() for name, w in model.state_dict().items()}
+def same_weights(a, b):
+    return all(torch.equal(w, b.state_dict()[name]) for name, w in a.state_dict().items())
 
 
 @pytest.mark.parametrize("kind, changes", SETTINGS)
@@ -67,8 +67,18 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(data_path, folders, tmp_p
         manifest, tensors = newest_checkpoint(run, [])
         assert manifest["step"] == stop
         resumed, second = train_in_process(cfg, resumed=(manifest, tensors))
-        assert all(torch.equal(w, resumed.state_dict()[name]) for name, w in weights_of(whole).items())
+        assert same_weights(whole, resumed)
         assert first.rows + second.rows == log.rows and first.costs + second.costs == log.costs
+
+
+def test_a_compiled_run_goes_on_bit_for_bit(data_path, tmp_path):
+    cfg = make_config(data_path, jepa_lambda=0.1, jepa_start_frac=0.5, num_layers=1)
+    compiled = torch.compile(train_gpt.training_loss, fullgraph=True, dynamic=False)
+    whole, log = train_in_process(cfg, compiled)
+    with pytest.raises(SystemExit):
+        train_in_process(cfg, compiled, log=(first := MemoryLog()), checkpoints=Stopping(tmp_path, 3))
+    resumed, second = train_in_process(cfg, compiled, resumed=newest_checkpoint(tmp_path, []))
+    assert same_weights(whole, resumed) and first.rows + second.rows == log.rows
 
 
 def test_a_checkpoint_holds_all_that_a_step_changes(data_path, tmp_path):
@@ -80,7 +90,7 @@ def test_a_checkpoint_holds_all_that_a_step_changes(data_path, tmp_path):
     whole, _ = train_in_process(cfg, resumed=(manifest, tensors))
     for name in ("momentum", "exp_avg", "exp_avg_sq", "step"):
         left, _ = train_in_process(cfg, resumed=(manifest, {key: 0 * w if key.endswith(f".{name}") else w for key, w in tensors.items()}))
-        assert not all(torch.equal(w, left.state_dict()[key]) for key, w in weights_of(whole).items()), name
+        assert not same_weights(whole, left), name
 
 
 def test_checkpoints_are_written_while_the_run_goes_on_and_two_are_kept(data_path, tmp_path):
@@ -196,10 +206,19 @@ def kill_and_resume(data_path, run_id, kills, seed, *flags, ranks=0, one_rank=Fa
     return output
 
 
-def test_a_run_killed_three_times_is_the_run_that_was_not(data_path, run_id):
-    assert run_cli(data_path, *RUN, f"--run_id={run_id}-whole", env={"OMP_NUM_THREADS": "1"}).returncode == 0
-    kill_and_resume(data_path, f"{run_id}-killed", 3, 0, *RUN)
-    assert same_run(f"{run_id}-whole", f"{run_id}-killed")
+@pytest.fixture(scope="module")
+def whole(data_path):
+    """The name of a run that nobody stops."""
+    name = f"test-{os.getpid()}-whole"
+    done = run_cli(data_path, *RUN, f"--run_id={name}", env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    yield name
+    shutil.rmtree(ROOT / "logs" / name)
+
+
+def test_a_run_killed_three_times_is_the_run_that_was_not(data_path, run_id, whole):
+    kill_and_resume(data_path, run_id, 3, 0, *RUN)
+    assert same_run(whole, run_id)
 
 
 @pytest.mark.nightly
@@ -213,22 +232,31 @@ def test_a_run_killed_five_times_is_the_run_that_was_not(data_path, run_id, rank
     assert same_run(f"{run_id}-whole", f"{run_id}-killed")
 
 
-@pytest.mark.parametrize("ranks, number, flags", [(0, signal.SIGTERM, ["--compile=1", "--num_layers=1"]), (0, signal.SIGINT, []), (2, signal.SIGTERM, ["--jepa_update=decoupled"])])
-def test_a_signal_saves_and_the_run_goes_on_from_there(data_path, run_id, ranks, number, flags):
-    flags = [*RUN, "--checkpoint_every=0", *flags]
-    done = run_cli(data_path, *flags, f"--run_id={run_id}-whole", ranks=ranks, env={"OMP_NUM_THREADS": "1"})
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(data_path, run_id, whole, number):
+    stop_and_resume(data_path, run_id, number, *RUN)
+    assert same_run(whole, run_id)
+
+
+def test_a_signal_stops_two_ranks_at_one_step(data_path, run_id):
+    flags = [*RUN, "--jepa_update=decoupled"]
+    done = run_cli(data_path, *flags, f"--run_id={run_id}-whole", ranks=2)
     assert done.returncode == 0, done.stderr
-    process = start(data_path, *flags, f"--run_id={run_id}-stopped", ranks=ranks)
+    stop_and_resume(data_path, run_id, signal.SIGTERM, *flags, ranks=2)
+    assert same_run(f"{run_id}-whole", run_id)
+
+
+def stop_and_resume(data_path, run_id, number, *flags, ranks=0):
+    """Send a run a signal, which makes its only checkpoint, and let it go on to its end."""
+    flags = [*flags, "--checkpoint_every=0", f"--run_id={run_id}"]
+    process = start(data_path, *flags, ranks=ranks)
     read_until(process, r"step:5/")
     process.send_signal(number)
     output = process.stdout.read()
     assert process.wait(timeout=60) == (128 + number if not ranks else 1), output
-    name = signal.Signals(number).name
-    step = int(re.search(rf"stopped by {name} at step (\d+); go on with RESUME=logs/{run_id}-stopped\n", output)[1])
-    done = run_cli("data/never-read", "--resume=auto", f"--run_id={run_id}-stopped", *flags, f"--data_path={data_path}", ranks=ranks, env={"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert f"resumed at step {step}" in (ROOT / "logs" / f"{run_id}-stopped" / "log.txt").read_text()
-    assert same_run(f"{run_id}-whole", f"{run_id}-stopped")
+    step = int(re.search(rf"stopped by {signal.Signals(number).name} at step (\d+); go on with RESUME=logs/{run_id}\n", output)[1])
+    done = run_cli("data/never-read", "--resume=auto", *flags, f"--data_path={data_path}", ranks=ranks, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and f"resumed at step {step}\n" in done.stdout, done.stderr
 
 
 def test_resume_continues_what_it_should_and_refuses_the_rest(data_path, run_id):
