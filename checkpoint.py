@@ -21,7 +21,7 @@ KEPT = 2  # the newest, and the one before it
 class Checkpoints:
     """When a run saves and stops: CHECKPOINT_EVERY steps, CHECKPOINT_SECONDS, SIGTERM and SIGINT. Only rank 0 writes, in a thread.
 
-    As a context it holds the signals back until the step is over: `signal` is then the one received, or 0. A second SIGINT ends at once.
+    As a context it holds the signals back until the step is over: `signal` is then the one received, or 0. A SIGINT behind another ends at once.
     """
 
     def __init__(self, folder, every, seconds, rank, log):
@@ -38,7 +38,7 @@ class Checkpoints:
         self.wait()
 
     def receive(self, number, frame):
-        if number == self.signal == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = self.signal or number
 
@@ -58,13 +58,13 @@ class Checkpoints:
         self.thread.start()
 
     def wait(self):
-        """Wait for the checkpoint that is being written; a failure is said in the log, and the run goes on without it."""
+        """Wait for the checkpoint that is being written; a failure is said in the log."""
         if self.thread:
             self.thread.join()
             self.thread = None
             if self.error:
                 newest = f"the newest one is step {self.saved}" if self.saved is not None else "there is none"
-                self.log.line(f"warning: no checkpoint could be written ({self.error}); the run goes on, {newest}")
+                self.log.line(f"warning: no checkpoint could be written ({self.error}); {newest}")
                 self.error = None
 
     def write(self, step, tensors, state):
@@ -78,21 +78,22 @@ class Checkpoints:
             write_whole(part / "tensors.safetensors", blob)
             write_sealed(part / "manifest.json", {"step": step, **state, "files": {"tensors.safetensors": hashlib.sha256(blob).hexdigest()}})
             whole = part.with_suffix("")
-            if whole.exists():  # damaged, or a resumed run would not write it again
-                discard(whole)
+            for other in found(self.folder):
+                if other.name >= whole.name:  # damaged: the run has come here again, from the one before
+                    discard(other)
             os.rename(part, whole)
             sync_folder(self.folder)
             self.saved = step
             for old in found(self.folder)[:-KEPT]:
                 discard(old)
-        except OSError as e:
-            self.error = f"step {step}: {e.strerror or e}"
+        except Exception as e:  # a full disk, mostly
+            self.error = f"step {step}: {getattr(e, 'strerror', None) or repr(e)}"
             shutil.rmtree(part, ignore_errors=True)  # it may be what fills the disk
 
 
 def discard(folder):
     """Remove a checkpoint; killed in between, it is no longer taken for one."""
-    part = folder.with_suffix(".part")
+    part = folder.with_suffix(".old.part")
     os.rename(folder, part)
     shutil.rmtree(part)
 

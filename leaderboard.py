@@ -42,6 +42,8 @@ NAME, FILE = r"\w[\w.-]*", r"log\.txt|metrics\.jsonl|result\.json|evaluation-[\w
 LEVEL, LEAST = 0.01, 3  # p, and runs, of a record
 TEST = "evaluation-135f85e4.json"  # ablate.py's name for an evaluation on the test.jsonl that data/nlregex.py makes by default
 LOOSE = ("p", "holm", "wilcoxon", "low", "high", "tests")  # what check compares with 1e-6
+BAR = "=" * 40  # before the names of a log's parts
+DEVICE = re.compile(r"^[\d,]+ parameters, \S+ on (\d+) x (\w+), ", re.M)  # a log's line about its processes
 HEAD = r"^git commit: (.+)\n(python \S+, torch [^,\n]+).*\nCPU: (\d+) threads"  # of a log's environment
 FIELDS = ("seed", "val_loss", "val_bpb", "quantized_val_loss", "quantized_val_bpb", "artifact_bytes", "train_seconds", "train_flops", "time_to_target", "steps")
 
@@ -119,9 +121,8 @@ class Stored:
     @functools.cached_property
     def log(self):
         """(source {file: text}, environment, lines of the run) of log.txt."""
-        bar = "=" * 40
-        head, _, lines = self.files["log.txt"].decode().partition(f"\n{bar} run\n")
-        parts = re.split(rf"^{bar} (.+)\n", head + "\n", flags=re.M)
+        head, _, lines = self.files["log.txt"].decode().partition(f"\n{BAR} run\n")
+        parts = re.split(rf"^{BAR} (.+)\n", head + "\n", flags=re.M)
         sections = {name: text[:-1] for name, text in zip(parts[1::2], parts[2::2])}  # RunLog adds a line's end to each
         return {name: text for name, text in sections.items() if name != "environment"}, sections.get("environment", ""), lines.splitlines()
 
@@ -138,15 +139,20 @@ class Stored:
         """What rules are about: settings, results, and "data" (the last two parts of its path), "evaluation", "device", "processes", "count" of GPUs or CPU threads,
         "hardware", "commit", "versions", "last_step" (its mean seconds and FLOPs since the last one logged)."""
         result, (_, environment, lines) = self.result(), self.log
-        processes, device = re.search(r" on (\d+) x (\w+), ", "\n".join(lines)).groups()
-        commit, versions, threads = re.search(HEAD, environment).groups()
+        processes, device = DEVICE.search("\n".join(lines)).groups()
+        (commit, versions, threads), name = re.search(HEAD, environment).groups(), model_name(environment, device)
         count = int(processes) * (int(threads) if device == "cpu" else 1)
-        name = re.search(r"Model name:\s*(.+)" if device == "cpu" else r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", environment, re.M)  # of lscpu or nvidia-smi
         before = ([dict.fromkeys(("step", "train_time", "train_flops"), 0)] + [row for row in self.steps if row["step"] < result["steps"]])[-1]
         last_step = {key: (result[key] - before[name]) / (result["steps"] - before["step"]) for key, name in (("train_seconds", "train_time"), ("train_flops", "train_flops"))}
         return {**result, **result["config"], "train_flops": result["train_flops"], "data": "/".join(Path(result["config"]["data_path"]).parts[-2:]),
                 "evaluation": self.evaluation, "device": device, "processes": int(processes), "count": count, "commit": commit, "versions": versions, "last_step": last_step,
-                "hardware": f"{count} x {name[1] if name else f'unknown {device}'}" + (" (threads)" if device == "cpu" else "")}
+                "hardware": f"{count} x {name or f'unknown {device}'}" + (" (threads)" if device == "cpu" else "")}
+
+
+def model_name(environment, device):
+    """The name of the CPU or GPU in a log's environment, by lscpu or nvidia-smi; None without."""
+    found = re.search(r"Model name:\s*(.+)" if device == "cpu" else r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", environment, re.M)
+    return found and found[1]
 
 
 @contextmanager
@@ -177,12 +183,14 @@ def faults(run):
     needed = {*(ast.literal_eval(listed[1]) if listed else ["train_gpt.py with its SOURCES"]), *itertools.chain(*map(imported, source.values()))}
     if missing := sorted(name for name in needed if not source.get(name, "").strip()):
         found.append(f"{run.name}/log.txt doesn't hold its source: no {', '.join(missing)}")
-    if not re.search(HEAD, environment) or not re.search(r" on \d+ x \w+, ", "\n".join(lines)):
+    if not re.search(HEAD, environment) or not DEVICE.search("\n".join(lines)):
         found.append(f"{run.name}/log.txt doesn't hold commit, versions and hardware")
     if not lines or not lines[-1].startswith("result: "):
         return found + [f"{run.name}/log.txt doesn't end with a result: the run did not finish"]
     config, said, artifact = result["config"], dict(re.findall(r"(\w+):(\S+)", lines[-1])), lines[-2:][0].removeprefix("artifact: ").rpartition(" (")[0]
-    logged = dict(line.removeprefix("config ").partition(": ")[::2] for line in itertools.takewhile(lambda line: line.startswith("config "), lines))
+    parts = [part.splitlines() for part in re.split(f"^{BAR} run\n", "\n".join(lines), flags=re.M)]  # one more for every time it was resumed
+    settings = [[line for line in itertools.takewhile(lambda line: line.startswith("config "), part)] for part in parts]
+    logged = dict(line.removeprefix("config ").partition(": ")[::2] for line in [own for own in settings if own][-1:] for line in line)
     last = ([row for row in map(json.loads, run.files["metrics.jsonl"].splitlines()) if "val_loss" in row] or [{}])[-1]
     loss, bpb, seconds, total = (result[key] for key in ("val_loss", "val_bpb", "train_seconds", "artifact_bytes"))
     for key, value, where, other in (
@@ -197,6 +205,11 @@ def faults(run):
             ("quantized_val_bpb", result["quantized_val_bpb"], "quantized_val_loss, at val_loss and val_bpb,", bpb and result["quantized_val_loss"] * bpb / loss)):
         if any(differences(value, other, key)):
             found.append(f"{run.name}: result.json has {key} {value}, its {where} {other}")
+    devices = DEVICE.findall("\n".join(lines))
+    environments = [environment, *re.findall(f"^{BAR} environment\n(.*?)^{BAR} run$", "\n".join(lines), re.M | re.S)]
+    machines = {(*head[1:], model_name(text, device)) for text in environments for head in re.findall(HEAD, text) for _, device in devices}
+    if len(machines) > 1 or len(set(devices)) > 1:
+        found.append(f"{run.name}: its machine, versions or number of processes changed on the way")
     if changed := [line for line in lines if re.match(r"warning: \S+ is not what it was before step", line)]:
         found.append(f"{run.name}: its source changed on the way: {changed[0]}")
     at, costs = run.steps[-1], [row["step_flops"] for row in run.steps]

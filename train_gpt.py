@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, D width, S spans a row, V vocabulary; G rows of the gl
 """
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -36,7 +37,7 @@ from weights import dequantize, load_weights, quantize, to_safetensors
 ROOT = Path(__file__).resolve().parent
 DIAG_STEPS = 8  # steps whose first micro-batches the diagnostics look at
 SPIKE_STEPS = 128  # steps that SKIP_SIGMA compares with, as OLMo-core's SkipStepOptimizer
-MAY_CHANGE = ("data_path", "grad_accum_steps", "wandb", "checkpoint_every", "checkpoint_seconds")  # on resuming: they change nothing but rounding
+MAY_CHANGE = ("data_path", "grad_accum_steps", "nan_policy", "wandb", "checkpoint_every", "checkpoint_seconds")  # on resuming: none changes more than rounding
 SOURCES = ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "checkpoint.py", "data/shards.py")  # logged, and counted in the artifact
 
 # ----------------------------------------------------------------------------------------------------------- config
@@ -135,7 +136,7 @@ class Config:
                 ("train_seq_len", (self.jepa_lambda or self.diag_every) and self.train_seq_len < 3, "a span needs rows of at least 3 tokens"),
                 ("resume", self.resume == "auto" and not self.run_id, "needs RUN_ID, the run to go on with or to begin"),
                 ("eval_stride", self.eval_stride > self.train_seq_len, f"must not exceed TRAIN_SEQ_LEN={self.train_seq_len}"),
-                ("run_id", not re.fullmatch(r"[\w.-]*", self.run_id), "may hold letters, digits, '_', '.' and '-' only")):
+                ("run_id", not re.fullmatch(r"(\w[\w.-]*)?", self.run_id), "may hold letters, digits, '_', '.' and '-' only, and begins with none of the last two")):
             if wrong:
                 raise ValueError(f"{name.upper()}={getattr(self, name)}: {rule}")
 
@@ -408,7 +409,8 @@ def build_updates(model, cfg):
 
 def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_lambda, history=None):
     """One step of the run: losses and FLOPs as accumulate_gradients returns them, the losses with two more numbers behind them: the
-    gradient's norm, and 1 where the step was left out (unsound, whose history it takes), else 0.
+    gradient's norm, and 1 where the step was left out (unsound, whose history it takes), else 0. Of a decoupled step the term's half
+    may be left out alone; the norm, that of the plain half, is then nan.
 
     Decoupled: the step of a run without the term, and then one of the term alone, with momentum and normalisation of its
     own. In Muon's buffer even a weak gradient could become a full-size update, since orthogonalising lifts every direction
@@ -422,7 +424,7 @@ def training_step(model, loss_fn, updates, cfg, data, share, step, progress, jep
     if decoupled:
         term, more = accumulate_gradients(model, loss_fn, cfg, data, share, step, jepa_lambda, "term", cfg.jepa_rows_frac)
         finite = torch.isfinite(term).all() & torch.isfinite(sum_gradients(model, share))
-        bad = torch.maximum(bad, (~finite).float())
+        norm, bad = torch.where(finite, norm, torch.nan), torch.maximum(bad, (~finite).float())
         apply_gradients(updates[1], progress, cfg, jepa_lambda, bad)
         losses, flops = torch.cat((losses, term)), flops + more
     return torch.cat((losses, norm[None], bad[None])), flops
@@ -481,14 +483,18 @@ def row_losses(model, batch):
 
 
 @torch.no_grad()
-def evaluate(model, eval_fn, data, share, log):
-    """(val_loss in nats per target, val_bpb in bits per UTF-8 byte of text or None) over the val split, the same at any rank count."""
-    total = torch.zeros(3, dtype=torch.float64)  # nats, targets, bytes of text
+def evaluate(model, eval_fn, data, share, log, checkpoints=None):
+    """(val_loss in nats per target, val_bpb in bits per UTF-8 byte of text or None) over the val split, the same at any rank count;
+    None where one of the ranks' checkpoints has received a signal: it may leave no time for the rest."""
+    total = torch.zeros(4, dtype=torch.float64)  # nats, targets, bytes of text, signals
     began = said = None
     for done, batch in data.val_batches(share):
+        if checkpoints and checkpoints.signal:
+            total[3] = 1
+            break
         nats = eval_fn(model, batch.to(share.device)).double().sum()
         scored = batch.targets[batch.targets >= 0].numpy()
-        total += torch.tensor([nats.item(), len(scored), data.bytes_per_token[scored].sum() if data.bytes_per_token is not None else 0],
+        total += torch.tensor([nats.item(), len(scored), data.bytes_per_token[scored].sum() if data.bytes_per_token is not None else 0, 0],
                               dtype=torch.float64)
         if began is None:  # the first batch has compiled
             began, said, first = time.perf_counter(), time.perf_counter(), done
@@ -497,8 +503,8 @@ def evaluate(model, eval_fn, data, share, log):
             log.line(f"evaluating: {done:.0%}, {(said - began) * (1 - done) / (done - first):.0f} s left")
     if share.world_size > 1:
         dist.all_reduce(total)
-    nats, tokens, text_bytes = total.tolist()
-    return nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None
+    nats, tokens, text_bytes, signals = total.tolist()
+    return None if signals else (nats / tokens, nats / math.log(2) / text_bytes if text_bytes else None)
 
 
 # ------------------------------------------------------------------------------------------------------------- logs
@@ -515,8 +521,28 @@ class RunLog:
         self.folder, self.iterations, self.rank, self.wandb, self.unwritten = ROOT / "logs" / cfg.run_id, cfg.iterations, rank, None, {}
         if rank:
             return
+        try:
+            self.folder.mkdir(parents=True)
+        except FileExistsError:
+            if resumed is None and not cfg.resume:
+                raise ValueError(f"RUN_ID={cfg.run_id}: {self.folder} exists and is never overwritten; choose another RUN_ID, or RESUME=logs/{cfg.run_id}") from None
+        self.held = open(self.folder / "log.txt", "ab")
+        try:  # one process at a time: a rank may outlive its torchrun
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"RUN_ID={cfg.run_id}: another process is training this run; end it first") from None
+        except OSError:
+            pass  # some network file systems have no locks
         if resumed is None:
-            self.begin(cfg, origin)
+            os.truncate(self.held.fileno(), 0)  # of a process that was killed before its first step
+            for name in SOURCES:
+                self.note(f"{'=' * 40} {name}\n{(ROOT / name).read_text(encoding='utf-8')}")
+        self.note(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run")
+        for name, value in dataclasses.asdict(cfg).items():
+            self.line(f"config {name}: {value!r} ({origin[name]})")
+        if resumed is None:
+            settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("run_id", "resume")}  # to be used again
+            write_whole(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())  # from here on there is a run to resume
         else:
             self.go_on(resumed)
         if cfg.wandb:
@@ -524,25 +550,8 @@ class RunLog:
             again = {"id": resumed["wandb"], "resume": "allow"} if resumed and resumed["wandb"] else {}
             self.wandb = wandb.init(project="nanojepa", name=cfg.run_id, config=dataclasses.asdict(cfg), dir=str(self.folder), **again)
 
-    def begin(self, cfg, origin):
-        """Make the folder, and log what the run is."""
-        try:
-            self.folder.mkdir(parents=True)
-        except FileExistsError:
-            if not cfg.resume:
-                raise ValueError(f"RUN_ID={cfg.run_id}: {self.folder} exists and is never overwritten; choose another RUN_ID, or RESUME=logs/{cfg.run_id}") from None
-        with open(self.folder / "log.txt", "w", encoding="utf-8") as f:
-            for name in SOURCES:
-                f.write(f"{'=' * 40} {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n")
-            f.write(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run\n")
-        for name, value in dataclasses.asdict(cfg).items():
-            self.line(f"config {name}: {value!r} ({origin[name]})")
-        settings = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in ("run_id", "resume")}  # to be used again
-        write_whole(self.folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False).encode())  # last: from here on there is a run to resume
-
     def go_on(self, manifest):
         """Take up the files of a run at its checkpoint."""
-        self.note(f"{'=' * 40} environment\n{describe_machine()}\n{'=' * 40} run")
         self.line(f"resumed at step {manifest.get('step', 0)}{', not bit for bit on a GPU, whose embedding backward uses atomic adds' * torch.cuda.is_available()}")
         metrics, kept = self.folder / "metrics.jsonl", manifest.get("metrics_bytes", 0)
         size = metrics.stat().st_size if metrics.exists() else 0
@@ -567,11 +576,11 @@ class RunLog:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as e:
             if name not in self.unwritten:
-                print(f"warning: {self.folder / name}: {e.strerror}; the run goes on, its lines are kept until they can be written", flush=True)
+                say(f"warning: {self.folder / name}: {e.strerror}; the run goes on, its lines are kept until they can be written")
             self.unwritten[name] = data
         else:
             if self.unwritten.pop(name, None):
-                print(f"{self.folder / name} is written again, no line is lost", flush=True)
+                say(f"{self.folder / name} is written again, no line is lost")
 
     def size(self, name):
         """Bytes of a file with all that belongs to it, 0 where it doesn't exist."""
@@ -586,7 +595,7 @@ class RunLog:
     def line(self, text):
         """Print a line and append it to log.txt."""
         if self.rank == 0:
-            print(text, flush=True)
+            say(text)
             self.note(text)
 
     def metrics(self, step, train_time, values, more={}):
@@ -601,6 +610,14 @@ class RunLog:
         self.append("metrics.jsonl", json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=step)
+
+
+def say(text):
+    """Print a line, where the console takes it: nobody may be listening any more, or its file lies on a full disk."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        pass
 
 
 def source_hashes():
@@ -651,7 +668,7 @@ def run_progress(cfg, step, flops, clock, share, checkpoints=None):
     progress = max(step / cfg.iterations, flops / cfg.train_flops if cfg.train_flops else 0)
     if cfg.max_wallclock_seconds:
         progress = max(progress, clock.now() / cfg.max_wallclock_seconds)
-    signal, due = (checkpoints.signal, checkpoints.due(step, progress >= 1)) if checkpoints else (0, False)
+    due, signal = (checkpoints.due(step, progress >= 1), checkpoints.signal) if checkpoints else (False, 0)
     if share.world_size > 1:
         shared = torch.tensor([0.0 if share.rank else progress, signal, due], dtype=torch.float64)
         dist.all_reduce(shared, dist.ReduceOp.MAX)  # a CPU tensor: over gloo, so the GPU is not waited for
@@ -722,6 +739,8 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints=None, resu
     manifest, tensors = resumed or ({"step": 0, "train_flops": 0.0, "train_seconds": 0.0, "skipped_steps": 0, "result": {"time_to_target": None}}, None)
     if tensors:
         restore(model, updates, history, tensors)
+        if checkpoints:
+            checkpoints.saved = manifest["step"]
     clock, step, flops, pending, reported = Clock(share.device, manifest["train_seconds"]), manifest["step"], manifest["train_flops"], None, 0
     skipped, result, begun = manifest["skipped_steps"], manifest["result"], manifest["step"]
     if share.world_size > 1:
@@ -757,7 +776,7 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints=None, resu
             clock.stop()
             checkpoints.save(step, run_tensors(model, updates, history), {
                 "train_flops": flops, "train_seconds": clock.passed, "skipped_steps": skipped, "result": dict(result), "metrics_bytes": log.size("metrics.jsonl"),
-                "config": dataclasses.asdict(cfg), "data_sha256": data.sha256, "sources": source_hashes(), "torch": torch.__version__,
+                "config": dataclasses.asdict(cfg), "data": identity(cfg, data), "sources": source_hashes(), "torch": torch.__version__,
                 "wandb": log.wandb and log.wandb.id})
             clock.start()
         if signal:
@@ -767,27 +786,30 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints=None, resu
                 dist.barrier()  # a rank that ends makes torchrun end the others
                 dist.destroy_process_group()
             raise SystemExit(128 + signal)
-        if diagnosed:
+        if validated or diagnosed:
             clock.stop()
-            found = diagnose(model, loss_fn, cfg, data, share, step)
-            log.metrics(step, clock.passed, found)
-            result |= found  # those of the end stay
-            for warning in jepa.diagnostic_warnings(found, cfg.model_dim, bool(cfg.jepa_lambda)):
-                log.line(f"warning: step {step}: {warning}")
-            if share.world_size > 1:
-                dist.barrier()  # as before the first step
-            clock.start()
         if validated:
-            clock.stop()
-            val_loss, val_bpb = evaluate(model, eval_fn, data, share, log)
+            if (scores := evaluate(model, eval_fn, data, share, log, checkpoints)) is None:
+                clock.start()
+                continue  # to save and stop; the run that goes on from there evaluates again
+            val_loss, val_bpb = scores
             log.metrics(step, clock.passed, {"val_loss": val_loss, "val_bpb": val_bpb})
             if not math.isfinite(val_loss):
                 raise ValueError(f"non-finite val_loss at step {step}: lower the learning rates or JEPA_LAMBDA; the log is in {log.folder}")
             if val_loss <= cfg.target_val_loss:
                 log.line(f"target_val_loss:{cfg.target_val_loss} reached at step {step} after train_time:{1000 * clock.passed:.0f}ms")
                 result["time_to_target"], done = clock.passed, True
-            if done:
-                return result | {"steps": step, "skipped_steps": skipped, "train_seconds": clock.passed, "train_flops": flops, "val_loss": val_loss, "val_bpb": val_bpb}
+        if diagnosed:
+            found = diagnose(model, loss_fn, cfg, data, share, step)
+            log.metrics(step, clock.passed, found)
+            result |= found  # those of the end stay
+            for warning in jepa.diagnostic_warnings(found, cfg.model_dim, bool(cfg.jepa_lambda)):
+                log.line(f"warning: step {step}: {warning}")
+        if done:
+            return result | {"steps": step, "skipped_steps": skipped, "train_seconds": clock.passed, "train_flops": flops, "val_loss": val_loss, "val_bpb": val_bpb}
+        if validated or diagnosed:
+            if share.world_size > 1:
+                dist.barrier()  # as before the first step
             clock.start()
         losses, step_flops = training_step(model, loss_fn, updates, cfg, data, share, step, progress, jepa_schedule(cfg, progress, step), history)
         copied = None
@@ -804,6 +826,11 @@ def train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints=None, resu
             log.line(f"progress: {progress:.0%}, {clock.now() / progress * (1 - progress):.0f} s of training left")
 
 
+def identity(cfg, data):
+    """What data a run is fed, for JSON: the sha256 of meta.json's shards, or the place of foreign ones, which are held to their first use, and their sizes."""
+    return data.sha256 or [str(Path(cfg.data_path).resolve()), *map(len, data.train), *map(len, data.val)]
+
+
 def find_run(cfg, origin, warnings, rank):
     """What RESUME asks for: (cfg, origin, manifest, tensors) to go on with, cfg and origin being those the run began with. The manifest is {}
     where it has no checkpoint yet, and None for a new run. A finished one says its result again: SystemExit. ValueError: why it can't go on."""
@@ -814,13 +841,10 @@ def find_run(cfg, origin, warnings, rank):
         raise ValueError(f"RESUME={cfg.resume}: no such run; give the logs/<run> of one, or auto and its RUN_ID")
     if cfg.run_id not in ("", folder.name):
         raise ValueError(f"RUN_ID={cfg.run_id}: RESUME={cfg.resume} goes on as {folder.name}; leave RUN_ID out")
-    if (folder / "result.json").exists():
-        if rank == 0:
-            print((folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
-        raise SystemExit(0)
     if not (folder / "config.yaml").exists():  # killed before its first step, or new
         return dataclasses.replace(cfg, run_id=folder.name), origin, None, None
-    manifest, tensors = newest_checkpoint(folder, warnings) or ({}, None)
+    finished = (folder / "result.json").exists()
+    manifest, tensors = not finished and newest_checkpoint(folder, warnings) or ({}, None)
     saved = manifest.get("config") or dataclasses.asdict(load_config(Config, [f"--config={folder / 'config.yaml'}"], {})[0])
     if unknown := sorted(saved.keys() - origin.keys()):
         raise ValueError(f"RESUME={cfg.resume}: the run has settings that this code doesn't know: {', '.join(unknown)}; use the code in its log.txt")
@@ -831,6 +855,10 @@ def find_run(cfg, origin, warnings, rank):
         values[name], said[name] = (value, f"{folder.name}/config.yaml") if origin[name] == "default" else (getattr(cfg, name), origin[name])
         if values[name] != value and name not in MAY_CHANGE:
             raise ValueError(f"{name.upper()}={values[name]} ({origin[name]}): the run began with {value!r}, and a resumed run is the same run; leave it out, or begin a new one")
+    if finished:
+        if rank == 0:
+            say((folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+        raise SystemExit(0)
     return Config(**values), origin | said, manifest, tensors
 
 
@@ -892,12 +920,12 @@ def run(cfg, origin, warnings):
     cfg, origin, manifest, tensors = find_run(cfg, origin, warnings, rank)
     cfg.run_id = cfg.run_id or time.strftime(f"%Y%m%d-%H%M%S-seed{cfg.seed}")
     data = open_data(cfg)  # the ranks meet there: all have looked for the run before the first one makes its folder
-    if world_size > 1 and cfg.resume:
-        steps = torch.tensor([1, -1]) * (manifest or {}).get("step", 0)
+    if world_size > 1:
+        steps = torch.tensor([1, -1]) * (-1 if manifest is None else manifest.get("step", 0))
         dist.all_reduce(steps, dist.ReduceOp.MAX)
         if steps.sum():
             raise ValueError("RESUME: the ranks find different checkpoints; logs/ must be a disk that all nodes share")
-    if manifest and manifest["data_sha256"] != data.sha256:
+    if manifest and manifest["data"] != identity(cfg, data):
         raise ValueError(f"DATA_PATH={cfg.data_path}: not the data that {cfg.run_id} began with; give it where that data is now")
     share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
     data.check_micro_batch(share)
@@ -961,7 +989,8 @@ def run(cfg, origin, warnings):
                 raise lost
             write_whole(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
         except OSError as e:
-            raise ValueError(f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make room and write them with RESUME=logs/{cfg.run_id}") from None
+            way = {result["steps"]: "write them", None: "train again"}.get(checkpoints.saved, f"go on from step {checkpoints.saved}")
+            raise ValueError(f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make room and {way} with RESUME=logs/{cfg.run_id}") from None
     if world_size > 1:
         dist.destroy_process_group()
     return result

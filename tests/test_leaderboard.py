@@ -316,6 +316,24 @@ def two_records(tmp_path_factory):
     return made
 
 
+def test_a_run_may_be_resumed_with_other_checkpoints_but_not_on_another_machine(root):
+    make_run(root, "a", checkpoint_every=5)
+    folder = root / "logs" / "a"
+    text = (folder / "log.txt").read_text()
+    again = text[text.index(f"{BAR} environment"):text.index(f"{BAR} a sample")]
+    first = again.replace("config checkpoint_every: 5", "config checkpoint_every: 0")
+    for change in (("", ""), ("torch 2.13.0", "torch 2.12.0"), ("CPU: 2 threads", "CPU: 4 threads"), ("Some CPU", "Another CPU"), ("1 x cpu", "2 x cpu")):
+        (folder / "log.txt").write_text(text.replace(again, first + again.replace(*change)))
+        if change[0]:
+            with pytest.raises(ValueError, match="a: its machine, versions or number of processes changed on the way"):
+                leaderboard.read_run(folder)
+        else:
+            assert leaderboard.read_run(folder).facts()["checkpoint_every"] == 5
+    (folder / "log.txt").write_text(text.replace(again, again + first))
+    with pytest.raises(ValueError, match="a: result.json has checkpoint_every 5, its log 0"):
+        leaderboard.read_run(folder)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_check_finds(two_records, root, capsys, fault):
     """Each kind of edit is a fault of the record that names file and place; nothing else is, and tables that alone are wrong are right again."""
