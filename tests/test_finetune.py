@@ -368,6 +368,20 @@ def test_thinking_is_removed():
     assert chat.remove_thinking("a < b and <i>c</i>") == "a < b and <i>c</i>"
 
 
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<Thought>", "</Thought>", "<Output>", "</Output>", "<Answer>", "<", "think>", "</", "\n", "a "]), max_size=12).map("".join))
+def test_thinking_is_what_one_pattern_matches(text):
+    assert chat.remove_thinking(text) == re.sub(r"<(think|Thought)>.*?</\1>|</?(?:Output|Answer)>", "", text, flags=re.DOTALL).strip()
+
+
+@pytest.mark.parametrize("piece", ["<think>", "<Thought><think>", "<think></Thought>", "<think>x</think>", "<Output", "</Answer>"])
+def test_thinking_of_a_hostile_text_is_removed_in_time(piece):
+    """A megabyte: a pattern that searches behind every tag takes minutes."""
+    began = time.perf_counter()
+    chat.remove_thinking(piece * (1_000_000 // len(piece)))
+    assert time.perf_counter() - began < 2
+
+
 def test_templates_that_rewrite_are_refused():
     tokenizer = hf.make_tokenizer("qwen")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
