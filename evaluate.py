@@ -325,7 +325,8 @@ def open_output(path, header):
         except (ValueError, RecursionError):
             record = None
         if not is_prediction(record):
-            raise ValueError(f"{path}, line {number}: not JSON with line, prediction and correct, true or false; remove the line, choose another --output, or remove it")
+            raise ValueError(f"{path}, line {number}: not JSON with line, prediction and correct, true or false; remove the line, "
+                             "choose another --output, or remove it")
         done[record["line"]] = record
     file = open(path, "ab")
     file.truncate(len(whole))
