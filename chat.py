@@ -11,12 +11,23 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 
 PLACEHOLDER, PLACEHOLDERS = "\ue000%d\ue001", re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template trims or splits them
-THINKING = re.compile(r"<(think|Thought)>.*?</\1>|</?(?:Output|Answer)>", re.DOTALL)
+TAG = re.compile("<(think|Thought)>|</?(?:Output|Answer)>")
 
 
 def remove_thinking(text):
     """The text without <think> and <Thought> passages, and without bare <Output> and <Answer> tags."""
-    return THINKING.sub("", text).strip()
+    kept, start, at, unclosed = [], 0, 0, set()  # a tag that nothing closes is looked for once, so that time grows as the text
+    while tag := TAG.search(text, at):
+        at = tag.end()
+        if name := tag[1]:
+            end = -1 if name in unclosed else text.find(f"</{name}>", at)
+            if end < 0:
+                unclosed.add(name)
+                continue
+            at = end + len(f"</{name}>")
+        kept.append(text[start:tag.start()])
+        start = at
+    return ("".join(kept) + text[start:]).strip()
 
 
 @dataclass

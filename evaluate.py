@@ -299,18 +299,35 @@ def predict(model, chat, examples, tokens, batch_size):
             yield [(e, written(chat, row), {}) for e, row in zip(batch, new.tolist())]
 
 
+def is_prediction(record):
+    """Whether a line of an output file is one that score() writes."""
+    if not isinstance(record, dict) or record.keys() - {"probability"} != {"line", "prediction", "correct"}:
+        return False
+    return (type(record["line"]) is int and isinstance(record["prediction"], str) and isinstance(record["correct"], bool)
+            and isinstance(record.get("probability", 0.0), float))
+
+
 def open_output(path, header):
     """({line: what is known of it}, the file to write on) of an output file, begun anew or with the lines that are there."""
     first, known = json.dumps(header).encode() + b"\n", path.read_bytes() if path.exists() else b""
     whole = known[:known.rfind(b"\n") + 1]  # a run that was killed may have torn its last line
     try:
-        there, *records = [json.loads(line) for line in whole.splitlines()] if whole else [header if first.startswith(known) else None]
-        done = {record["line"]: record for record in records}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        there, done = None, {}
+        there = json.loads(whole[:whole.find(b"\n")]) if whole else header if first.startswith(known) else None
+    except (ValueError, RecursionError):
+        there = None
     if there != header:
         differs = f"of another {', '.join(k for k in header if there.get(k) != header[k])}" if isinstance(there, dict) else "not a file of predictions"
         raise ValueError(f"{path} is {differs}; choose another --output, or remove it")
+    done = {}
+    for number, line in enumerate(whole.split(b"\n")[1:-1], 2):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not is_prediction(record):
+            raise ValueError(f"{path}, line {number}: not JSON with line, prediction and correct, true or false; remove the line, "
+                             "choose another --output, or remove it")
+        done[record["line"]] = record
     file = open(path, "ab")
     file.truncate(len(whole))
     if not whole:
@@ -430,6 +447,12 @@ def main(argv=None):
         began = time.perf_counter()
         folder = Path(args.run or args.model)
         folder = folder if folder.is_dir() else Path()
+        if args.model and (Path(args.model) / "sha256.json").exists():  # finetune.py's; its config.yaml is read before the model is
+            try:
+                from finetune import check_seal
+            except ImportError as e:
+                raise ValueError(f'--model needs {e.name}: pip install -e ".[finetune]"') from None
+            check_seal(args.model)
         if args.run:
             cfg, data, model = open_run(args.run, args.pred_tokens)
         if args.prompt is not None:

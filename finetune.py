@@ -16,6 +16,8 @@ import itertools
 import json
 import os
 import random
+import re
+import shutil
 import sys
 import time
 import types
@@ -28,12 +30,12 @@ import transformers
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerState, TrainingArguments, set_seed
 
 import jepa
 from chat import Chat
 from config import knob, load_sections
-from data.shards import progress
+from data.shards import progress, read_sealed, sha256_file, sync_folder, write_sealed, write_whole
 from layouts import pack, prepare, read_records
 from loader import span_generator
 from model import tree_mask
@@ -162,15 +164,106 @@ class Config:
         return 0.0 if t.regular or t.lbd == 0 else 1.0 if t.jepa_ratio == -1 else t.jepa_ratio
 
 
+# ---- files
+
+
+def seal(folder):
+    """Write sha256.json, {name: sha256} of every file in a folder, when they are on the disk."""
+    digests = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(file, "rb") as f:
+            os.fsync(f.fileno())
+            digests[file.relative_to(folder).as_posix()] = hashlib.file_digest(f, "sha256").hexdigest()
+    write_sealed(folder / "sha256.json", digests)
+
+
+def check_seal(folder):
+    """ValueError names the file that is missing or not as its folder's sha256.json has it; without that, or of the hub, a model is taken as it is."""
+    if not os.path.lexists(file := Path(folder) / "sha256.json"):
+        return
+    for name, digest in read_sealed(file).items():
+        file = Path(folder) / name
+        try:
+            same = sha256_file(file) == digest
+        except OSError as e:
+            raise ValueError(f"{file}: cannot be read ({e.strerror}), but sha256.json beside it names it; fetch or make the folder again") from None
+        if not same:
+            raise ValueError(f"{file}: its sha256 is not the one in sha256.json; fetch or make the folder again, or remove that file if this one was meant "
+                             "to change")
+
+
+@contextlib.contextmanager
+def reading(what):
+    """Turn whatever a library raises about a file or folder into a ValueError of one line that names it."""
+    try:
+        yield
+    except Exception as e:  # many kinds: no such name, no network, files cut off, an architecture unknown here
+        raise ValueError(f"{what}: cannot be loaded ({' '.join(str(e).split())[:300]})") from None
+
+
+def checkpoints(folder):
+    """The checkpoints in a folder, oldest step first."""
+    found = {int(path.name[11:]): path for path in folder.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name) and path.is_dir()}
+    return [found[step] for step in sorted(found)]
+
+
+def checkpoint(folder, resume, say):
+    """The checkpoint to continue from, or None; with auto the newest whole one."""
+    there = checkpoints(folder)
+    if there and not resume:
+        raise ValueError(f"training.output_dir={folder} holds checkpoints; set training.resume: auto to continue, choose another, or remove it")
+    if resume and resume != "auto":
+        if not Path(resume).is_dir():
+            raise ValueError(f"training.resume={resume}: no such folder; give a checkpoint, or auto")
+        check_seal(resume)
+        if not (Path(resume) / "sha256.json").exists():
+            say(f"warning: {resume} has no sha256.json, so a file damaged in it may go unseen")
+        return resume
+    for path in reversed(there):
+        try:
+            if not (path / "sha256.json").exists():
+                raise ValueError(f"{path}: no sha256.json, so it is not finished, or of an older version; give training.resume: {path} to take it as it is")
+            check_seal(path)
+            return str(path)
+        except ValueError as e:
+            say(f"warning: damaged checkpoint: {e}; trying the one before it")
+            last = e
+    if there:
+        raise ValueError(f"{last}; no checkpoint of this run is whole: remove {folder} to begin again at step 0")
+    return None
+
+
+def step_of(checkpoint):
+    """The step that a checkpoint is of."""
+    with reading(file := Path(checkpoint) / "trainer_state.json"):
+        step = TrainerState.load_from_json(file).global_step
+        if type(step) is not int:
+            raise ValueError("global_step is no whole number")
+        return step
+
+
+def cut_metrics(log, step):
+    """Leave the lines up to this step in a metrics.jsonl: the others are done again, and a kill may have torn the last."""
+    kept, lines = [], log.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, 1):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + b"\n")
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise ValueError(f"{log}, line {number}: not JSON with a step; remove the line") from None
+    write_whole(log, *kept)
+
+
 # ---- model
 
 
 def load_model(cfg):
     """(model, tokenizer, ids of the [PRED] tokens); the model's forward gives logits at labels, and views."""
     m = cfg.model
+    check_seal(m.name)
     options = {"cache_dir": m.cache_dir or None, "trust_remote_code": m.trust_remote_code}
     dtype = DTYPES[cfg.training.dtype] if m.use_lora and not m.pretrain else torch.float32
-    try:
+    with reading(f"model.name={m.name}"):
         tokenizer = AutoTokenizer.from_pretrained(m.name, **options)
         config = AutoConfig.from_pretrained(m.name, **options)
         kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
@@ -185,8 +278,6 @@ def load_model(cfg):
             model = AutoModelForCausalLM.from_config(config, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(m.name, **options)
-    except (OSError, ImportError, ValueError) as e:
-        raise ValueError(f"model.name={m.name}: cannot be loaded ({' '.join(str(e).split())[:300]})") from None
     check_layers(config.get_text_config(), cfg.dataset.max_length + cfg.dataset.predictors)
     model.config.use_cache = False
     preds = add_pred_tokens(tokenizer, model, cfg.dataset.predictors)
@@ -236,7 +327,8 @@ def add_predictor(model, saved):
     model.jepa_predictor = nn.Linear(width, width, bias=False, device=model.device)
     nn.init.eye_(model.jepa_predictor.weight)
     if saved.is_file():
-        model.jepa_predictor.load_state_dict(load_file(saved))
+        with reading(saved):
+            model.jepa_predictor.load_state_dict(load_file(saved))
 
 
 def add_lora(model, cfg, preds):
@@ -405,6 +497,44 @@ class JepaTrainer(Trainer):
             with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as f:
                 f.write(json.dumps({**logs, "step": self.state.global_step}) + "\n")
 
+    def _get_output_dir(self, trial):
+        """Where the Trainer writes checkpoints, until they are whole."""
+        return os.path.join(self.args.output_dir, "checkpoint.part")
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer's; but sealed and renamed when every process has written its part, and the oldest is removed only then."""
+        folder, part, step = Path(self.args.output_dir), Path(self._get_output_dir(trial)), self.state.global_step
+        if self.is_world_process_zero():
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            whole = folder / f"checkpoint-{step}"
+            seal(part / whole.name)
+            shutil.rmtree(whole, ignore_errors=True)  # damaged, or of steps that are done again
+            os.rename(part / whole.name, whole)
+            shutil.rmtree(part, ignore_errors=True)
+            sync_folder(folder)
+            for old in [path for path in checkpoints(folder) if int(path.name[11:]) <= step][:-self.args.save_total_limit]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """{"eval_loss": CE a label, "eval_jepa_loss"} over the eval examples, the term always computed."""
@@ -481,21 +611,34 @@ def optimizer_name(name):
 
 
 def save(trainer):
-    """The trained model as a folder that from_pretrained loads, adapters merged; of a sharded model with adapters these alone."""
+    """The trained model as a folder that from_pretrained loads, adapters merged; of a sharded model with adapters these alone.
+
+    It is written and sealed in a folder of its own, since the output folder may hold files of others, and those may change.
+    """
     cfg, folder, model = trainer.cfg, Path(trainer.args.output_dir), trainer.accelerator.unwrap_model(trainer.model)
     state = trainer.accelerator.get_state_dict(trainer.model) if cfg.training.fsdp else None
     if not trainer.is_world_process_zero():
         return
+    part = folder / "model.part"
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir()
     if cfg.model.use_lora and not cfg.training.fsdp:
         model = model.merge_and_unload()
     state = state or model.state_dict()
     if cfg.training.linear_predictor:
         weight = next(state.pop(name) for name in list(state) if name.endswith("jepa_predictor.weight") or "jepa_predictor.modules_to_save" in name)
-        save_file({"weight": weight.contiguous()}, folder / "jepa_predictor.safetensors")
+        save_file({"weight": weight.contiguous()}, part / "jepa_predictor.safetensors")
         state = {name: x for name, x in state.items() if "jepa_predictor" not in name}
     model.config.use_cache, model.generation_config.eos_token_id = True, trainer.chat.stop_tokens
-    model.save_pretrained(folder, state_dict=state)
-    trainer.processing_class.save_pretrained(folder)
+    model.save_pretrained(part, state_dict=state)
+    trainer.processing_class.save_pretrained(part)
+    shutil.copy(folder / "config.yaml", part)
+    seal(part)
+    for file in sorted((path for path in part.rglob("*") if path.is_file()), key=lambda path: path.name == "sha256.json"):  # the seal last
+        (place := folder / file.relative_to(part)).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    shutil.rmtree(part)
+    sync_folder(folder)
 
 
 def read_sets(cfg):
@@ -552,8 +695,10 @@ def run(cfg, origin):
         raise ValueError(f"training.{'fsdp' if cfg.training.fsdp else 'dtype=fp16'}: needs CUDA; choose {'one process' if cfg.training.fsdp else 'bf16 or float32'}")
     if (folder / "result.json").exists():
         raise ValueError(f"training.output_dir={folder} holds a finished run; choose another, or remove it")
-    resume, first = checkpoint(folder, cfg.training.resume), os.environ.get("RANK", "0") == "0"
+    first = os.environ.get("RANK", "0") == "0"
     say = functools.partial(print, flush=True) if first else lambda *_: None
+    resume = checkpoint(folder, cfg.training.resume, say)
+    start = step_of(resume) if resume else 0
     say(f"python {sys.version.split()[0]}, torch {torch.__version__}, transformers {transformers.__version__}; source "
         + ", ".join(f"{name} {hashlib.sha256((Path(__file__).parent / name).read_bytes()).hexdigest()[:12]}" for name in SOURCES))
     for key, where in origin.items():
@@ -565,9 +710,11 @@ def run(cfg, origin):
     if first:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False))
-    start = json.loads((Path(resume) / "trainer_state.json").read_text())["global_step"] if resume else 0
-    if first and (log := folder / "metrics.jsonl").exists():  # of steps that are now done again
-        log.write_text("".join(line for line in log.read_text().splitlines(True) if resume and json.loads(line)["step"] <= start))
+    if first and (log := folder / "metrics.jsonl").exists():
+        if resume:
+            cut_metrics(log, start)
+        else:
+            log.unlink()
     outcome = trainer.train(resume_from_checkpoint=resume)
     train_seconds = outcome.metrics["train_runtime"] - trainer.eval_seconds
     history = trainer.state.log_history
@@ -616,16 +763,6 @@ def views_of(model, chat, folder, records, batch_size):
     return tuple(map(torch.cat, zip(*found)))
 
 
-def checkpoint(folder, resume):
-    """The checkpoint to continue from, or None."""
-    newest = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
-    if resume and resume != "auto" and not Path(resume).is_dir():
-        raise ValueError(f"training.resume={resume}: no such folder; give a checkpoint, or auto")
-    if newest and not resume:
-        raise ValueError(f"training.output_dir={folder} holds checkpoints; set training.resume: auto to continue, choose another, or remove it")
-    return newest if resume == "auto" else resume or None
-
-
 def show(example, tokenizer, say):
     """Print what of an example is encoded, trained, and compared."""
     for n, d in enumerate(example.documents):
@@ -636,7 +773,7 @@ def show(example, tokenizer, say):
 def main(argv=None):
     try:
         run(*load_sections(Config, sys.argv[1:] if argv is None else argv, ALIASES, __doc__))
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         raise SystemExit(f"error: {e}") from None
 
 

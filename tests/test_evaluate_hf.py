@@ -416,6 +416,24 @@ def test_an_output_of_something_else_is_left_alone(folder, exact_file, tmp_path)
         assert output.read_bytes() == foreign and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("old, new", [
+    ('"correct"', '"corrfct"'), ('"prediction"', '"predictiom"'), ('"line"', '"linf"'), ('"correct": true', '"correct": 1'), ('"correct": true', '"correct": "true"'),
+    ('"correct": true', '"correct": null'), ('"line": 1', '"line": 1.0'), ('"line": 1', '"line": true'), ('"line": 1', '"line": [1]'), ('"probability"', '"probabilitx"'),
+    ('"probability": 0.5', '"probability": "0.5"'), ('{', ''), ('{"line"', '\xff{"line"')])
+def test_a_damaged_prediction_is_named_by_its_line(tmp_path, old, new):
+    header, path = {"task": "choice"}, tmp_path / "p.jsonl"
+    lines = [json.dumps({"line": n, "prediction": "A", "correct": True, "probability": 0.5}) for n in (3, 1)]
+    path.write_text("\n".join([json.dumps(header), *lines, '{"line": 2, "pre']))
+    done, file = evaluate.open_output(path, header)
+    file.close()
+    assert done == {n: json.loads(line) for n, line in zip((3, 1), lines)}
+    path.write_text("\n".join([json.dumps(header), lines[0], lines[1].replace(old, new), ""]), encoding="latin-1")
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"p\.jsonl, line 3: not JSON with [^\n]*$"):
+        evaluate.open_output(path, header)
+    assert path.read_bytes() == before
+
+
 def test_a_model_trained_anew_does_not_inherit_predictions(loaded, tmp_path):
     data = write_lines(tmp_path / "d.jsonl", ("u", "a", {}))
     evaluated("--model", make_folder(tmp_path / "m", "llama"), "--data", data, "--task", "exact", "--tokens", 2)

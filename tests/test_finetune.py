@@ -30,6 +30,8 @@ import jepa
 from config import load_sections
 from conftest import ROOT
 from data.pairs import read_jsonl
+from data.shards import read_sealed
+from test_corrupt import mutations
 
 KINDS = ("llama", "qwen", "neox")
 QUESTIONS = [("Be brief." if n % 3 else None, f"What is {n} + {n + 1}?" + " Say it." * (n % 4), f"First {n}.\n\nThen {2 * n + 1}{'!' * (n % 3)}\n\n#### {2 * n + 1}") for n in range(8)]
@@ -368,6 +370,20 @@ def test_thinking_is_removed():
     assert chat.remove_thinking("a < b and <i>c</i>") == "a < b and <i>c</i>"
 
 
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<Thought>", "</Thought>", "<Output>", "</Output>", "<Answer>", "<", "think>", "</", "\n", "a "]), max_size=12).map("".join))
+def test_thinking_is_what_one_pattern_matches(text):
+    assert chat.remove_thinking(text) == re.sub(r"<(think|Thought)>.*?</\1>|</?(?:Output|Answer)>", "", text, flags=re.DOTALL).strip()
+
+
+@pytest.mark.parametrize("piece", ["<think>", "<Thought><think>", "<think></Thought>", "<think>x</think>", "<Output", "</Answer>"])
+def test_thinking_of_a_hostile_text_is_removed_in_time(piece):
+    """A megabyte: a pattern that searches behind every tag takes minutes."""
+    began = time.perf_counter()
+    chat.remove_thinking(piece * (1_000_000 // len(piece)))
+    assert time.perf_counter() - began < 2
+
+
 def test_templates_that_rewrite_are_refused():
     tokenizer = hf.make_tokenizer("qwen")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | upper }}{% endfor %}"
@@ -517,6 +533,7 @@ def test_two_processes_train_as_one(models, questions, tmp_path):
     one, two = (json.loads((tmp_path / str(n) / "result.json").read_text()) for n in runs)
     for key in ("train_loss", "ce_loss", "jepa_loss", "eval_loss", "eval_jepa_loss"):
         assert one[key] == pytest.approx(two[key], rel=1e-4)
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "rng_state_0.pth", "rng_state_1.pth"} <= read_sealed(tmp_path / "2" / "checkpoint-3" / "sha256.json").keys()
     expected, found = weights(tmp_path / "1"), weights(tmp_path / "2")
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
@@ -779,7 +796,8 @@ def test_a_checkpoint_is_read_without_running_what_is_in_it(models, questions, t
         whole, found = (middle / name).read_bytes(), found + 1
         (tmp_path / "out" / "result.json").unlink(missing_ok=True)
         torch.save(hostile, middle / name)
-        with pytest.raises(Exception, match="[Ww]eights.only") if name != "training_args.bin" else contextlib.nullcontext():  # that one isn't read at all
+        (middle / "sha256.json").unlink(missing_ok=True)  # or no file that has changed is opened at all
+        with pytest.raises(ValueError, match="[Ww]eights.only") if name != "training_args.bin" else contextlib.nullcontext():  # that one isn't read at all
             finetune.run(configure(models["llama"], questions, tmp_path / "out", "--resume", str(middle), *flags), {})
         assert not ran.exists(), name
         (middle / name).write_bytes(whole)
@@ -787,6 +805,155 @@ def test_a_checkpoint_is_read_without_running_what_is_in_it(models, questions, t
     torch.save(hostile, tmp_path / "x.pt")
     torch.load(tmp_path / "x.pt", weights_only=False)
     assert ran.exists()  # it would have
+
+
+# ---- damaged files
+
+
+STEPS = ["--linear_predictor", "--predictors", "1", "--num_epochs", "2", "--batch_size", "4", "--grad_accum", "1", "--save_steps", "1", "--learning_rate", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def finished(models, questions, tmp_path_factory):
+    """The output folder of a run of four steps, with a file of somebody else's in it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    finetune.run(configure(models["llama"], questions, out, *STEPS), {})
+    return out
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of it that may be continued from its third step."""
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "result.json").unlink()
+    return out
+
+
+def refuse_mutations(file, read, count=25):
+    """Change a file in many ways; each time read() must raise a ValueError of one line with its name."""
+    content = file.read_bytes()
+
+    @settings(max_examples=count, derandomize=True, deadline=None, database=None)
+    @given(mutations(content))
+    def refused(changed):
+        file.write_bytes(changed)
+        with pytest.raises(ValueError) as e:
+            read()
+        assert str(file) in str(e.value) and "\n" not in str(e.value), e.value
+    try:
+        refused()
+        file.unlink()
+        if file.name != "sha256.json":
+            with pytest.raises(ValueError, match=re.escape(str(file))):
+                read()
+    finally:
+        file.write_bytes(content)
+
+
+def test_what_is_sealed_is_what_a_run_has_written(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert {name for name in names if name.startswith("checkpoint")} == {"checkpoint-3", "checkpoint-4"} and "model.part" not in names
+    sealed = read_sealed(finished / "sha256.json").keys()
+    assert names - sealed == {"checkpoint-3", "checkpoint-4", "notes.txt", "metrics.jsonl", "result.json", "sha256.json"}
+    assert {"model.safetensors", "jepa_predictor.safetensors", "config.yaml", "config.json", "tokenizer.json"} <= sealed
+    for n in (3, 4):
+        folder = finished / f"checkpoint-{n}"
+        assert {path.name for path in folder.iterdir()} - read_sealed(folder / "sha256.json").keys() == {"sha256.json"}
+
+
+def test_no_mutation_of_a_finished_model_is_silent(finished, questions, tmp_path):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    cfg = configure(str(out), questions, tmp_path / "next", "--linear_predictor")
+    for name in [*read_sealed(out / "sha256.json"), "sha256.json"]:
+        refuse_mutations(out / name, lambda: finetune.load_model(cfg))
+        content = bytearray((out / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        whole, _ = (out / name).read_bytes(), (out / name).write_bytes(content)
+        for flags in (["--task", "exact"], ["--similarity"]):
+            with pytest.raises(SystemExit, match="error: " + re.escape(str(out / name))):
+                evaluate.main(["--model", str(out), "--data", questions, *flags])
+        (out / name).write_bytes(whole)
+    (out / "result.json").write_text("{}")  # what is not the model's may change
+    (out / "predictions.jsonl").touch()
+    assert finetune.load_model(cfg)[2] == [] and not list(out.glob("predictions-*"))
+
+
+def test_no_mutation_of_a_checkpoint_is_silent(unfinished):
+    """By name it is refused; with auto it is named, and the one before it is used."""
+    newest, before, said = unfinished / "checkpoint-4", unfinished / "checkpoint-3", []
+    auto = lambda: finetune.checkpoint(unfinished, "auto", said.append)
+    assert auto() == str(newest) and finetune.checkpoint(unfinished, str(newest), said.append) == str(newest) and not said
+    names = [*read_sealed(newest / "sha256.json"), "sha256.json"]
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(names)
+
+    def read(file):
+        said.clear()
+        assert auto() == str(before) and len(said) == 1 and said[0].startswith("warning: damaged checkpoint: ") and str(file) in said[0], said
+        finetune.checkpoint(unfinished, str(newest), said.append)
+    for name in names:
+        refuse_mutations(newest / name, lambda: read(newest / name))
+    for folder in (newest, before):
+        (folder / "sha256.json").unlink()
+    said.clear()
+    with pytest.raises(ValueError, match="checkpoint-3: no sha256.json.*no checkpoint of this run is whole: remove"):
+        auto()
+    assert finetune.checkpoint(unfinished, str(newest), said.append) == str(newest) and "has no sha256.json" in said[-1] and len(said) == 3
+
+
+def assert_same_run(one, other):
+    (a, b), lines = map(weights, (one, other)), [[json.loads(line).get("ce_loss") for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (one, other)]
+    assert all(torch.equal(a[name], b[name]) for name in a) and lines[0] == lines[1]
+    for folder in (one, other):
+        assert sorted(path.name for path in folder.glob("checkpoint*")) == ["checkpoint-3", "checkpoint-4"]
+        for part in ("", "checkpoint-3", "checkpoint-4"):
+            finetune.check_seal(folder / part)
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(models, questions, finished, tmp_path, monkeypatch, capsys):
+    """Killed while the third of four is written, of which one is kept; then with the newest damaged."""
+    out, seal = tmp_path / "out", finetune.seal
+    again = lambda *flags: finetune.run(configure(models["llama"], questions, out, *STEPS, *flags), {})
+
+    def killed(folder):
+        if folder.name == "checkpoint-3":
+            raise KeyboardInterrupt
+        seal(folder)
+    monkeypatch.setattr(finetune, "seal", killed)
+    with pytest.raises(KeyboardInterrupt):
+        again("--save_total_limit", "1")
+    assert sorted(path.name for path in out.glob("checkpoint*")) == ["checkpoint-2", "checkpoint.part"]
+    monkeypatch.undo()
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"loss": 1.5, "st')
+    assert again("--resume", "auto", "--save_total_limit", "2")["resumed_from"] == 2
+    assert_same_run(out, finished)
+    (out / "result.json").unlink()
+    (out / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut")
+    capsys.readouterr()
+    assert again("--resume", "auto")["resumed_from"] == 3
+    assert re.search(r"^warning: damaged checkpoint: \S*checkpoint-4/optimizer.pt: its sha256", capsys.readouterr().out, re.M)
+    assert_same_run(out, finished)
+
+
+@pytest.mark.parametrize("name, change", [("model.safetensors", "cut"), ("jepa_predictor.safetensors", "cut"), ("tokenizer.json", '{"version": "9"}'), ("config.json", "cut"), ("optimizer.pt", "cut"),
+                                          ("scheduler.pt", "cut"), ("rng_state.pth", "cut"), ("checkpoint-4/model.safetensors", "cut"), ("trainer_state.json", "cut"), ("trainer_state.json", None),
+                                          ("trainer_state.json", '{"global_step": "4"}'), ("trainer_state.json", "[1]"), ("metrics.jsonl", '{"step": 1}\n{"stfp": 2}\n'), ("metrics.jsonl", '{"st\n')])
+def test_a_damaged_file_without_a_seal_is_one_line(models, questions, unfinished, tmp_path, name, change):
+    base = (unfinished / name).exists() and name not in ("metrics.jsonl", "checkpoint-4/model.safetensors")
+    file = unfinished / name if (unfinished / name).exists() else unfinished / "checkpoint-4" / name
+    content = file.read_bytes()
+    file.unlink() if change is None else file.write_bytes(content[:len(content) // 2] if change == "cut" else change.encode())
+    for seal in unfinished.rglob("sha256.json"):
+        seal.unlink()
+    out, flags = (tmp_path / "next", []) if base else (unfinished, ["--resume", str(unfinished / "checkpoint-4")])
+    named = re.escape(str(file if name in ("trainer_state.json", "metrics.jsonl", "jepa_predictor.safetensors") else file.parent))
+    with pytest.raises(SystemExit, match=f"^error: [^\n]*{named}[^\n]*$"):
+        finetune.main(["--model_name", str(unfinished) if base else models["llama"], "--train_file", questions, "--output_dir", str(out), "--dtype", "float32", *STEPS, "--num_epochs", "3", *flags])
+    if name == "jepa_predictor.safetensors":
+        with pytest.raises(SystemExit, match=f"^error: {named}[^\n]*$"):
+            evaluate.main(["--model", str(unfinished), "--data", questions, "--similarity"])
 
 
 def test_weights_of_the_loss_and_flops_are_printed(models, questions, tmp_path, capsys):
