@@ -913,6 +913,43 @@ def sample_text(model, data, cfg, tokens=120):
     return b"".join(data.token_table[t] for t in new if t < len(data.token_table)).decode(errors="replace")
 
 
+def finish(model, eval_fn, cfg, data, share, log, checkpoints, result, began):
+    """Write the weights and the artifact, evaluate the latter, and write result.json with the rest of the result, which is added to it.
+    began: time.perf_counter() of the process's start. ValueError where a file can't be written; the numbers are printed all the same."""
+    checkpoints.wait()
+    state = {name: w.detach().cpu() for name, w in model.state_dict().items()}
+    artifact, lost = quantize(state), None
+    try:
+        if share.rank == 0:
+            write_whole(log.folder / "model.safetensors", to_safetensors(state))
+            write_whole(log.folder / "model.int8.zlib", artifact)
+    except OSError as e:
+        lost = e
+    model.load_state_dict(dequantize(artifact))
+    quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, share, log)
+    code_bytes = sum(len((ROOT / name).read_bytes()) for name in SOURCES)
+    peak = torch.cuda.max_memory_allocated() if share.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result |= {"quantized_val_loss": quantized_val_loss, "quantized_val_bpb": quantized_val_bpb,
+               "artifact_bytes": len(artifact) + code_bytes, "fits_16mb": len(artifact) + code_bytes <= 16_000_000,
+               "tokens": result["steps"] * cfg.train_batch_tokens, "peak_memory_bytes": peak, "total_seconds": time.perf_counter() - began}
+    if share.rank:
+        return
+    model.load_state_dict(state)
+    log.line(f"{'-' * 40} text sample\n{sample_text(model, data, cfg)}\n{'-' * 40}")
+    log.line(f"artifact: {len(artifact):,} bytes of weights + {code_bytes:,} of source = {result['artifact_bytes']:,} "
+             f"({'within' if result['fits_16mb'] else 'over'} 16,000,000)")
+    shown = {k: result[k] for k in ("val_loss", "val_bpb", "quantized_val_bpb") if result[k] is not None}
+    log.line(f"result: {' '.join(f'{k}:{v:.4f}' for k, v in shown.items())} artifact_bytes:{result['artifact_bytes']} steps:{result['steps']} "
+             f"train_time:{1000 * result['train_seconds']:.0f}ms -> logs/{cfg.run_id}/result.json")
+    try:  # last: what has a result is finished
+        if lost:
+            raise lost
+        write_whole(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+    except OSError as e:
+        way = {result["steps"]: "write them", None: "train again"}.get(checkpoints.saved, f"go on from step {checkpoints.saved}")
+        raise ValueError(f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make room and {way} with RESUME=logs/{cfg.run_id}") from None
+
+
 def run(cfg, origin, warnings):
     """The main job: prepare, compile, train, evaluate, quantise, save. Returns the content of result.json."""
     began = time.perf_counter()
@@ -954,43 +991,14 @@ def run(cfg, origin, warnings):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
-    try:
-        with Checkpoints(log.folder, cfg.checkpoint_every, cfg.checkpoint_seconds, rank, log) as checkpoints:
-            result = train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints, tensors and (manifest, tensors)) | {"data_sha256": data.sha256}
-    except ValueError as e:
-        log.note(f"error: {e}")
-        raise
-    state = {name: w.detach().cpu() for name, w in model.state_dict().items()}
-    artifact, lost = quantize(state), None
-    try:
-        if rank == 0:
-            write_whole(log.folder / "model.safetensors", to_safetensors(state))
-            write_whole(log.folder / "model.int8.zlib", artifact)
-    except OSError as e:  # the numbers are known all the same
-        lost = e
-    model.load_state_dict(dequantize(artifact))
-    quantized_val_loss, quantized_val_bpb = evaluate(model, eval_fn, data, share, log)
-    code_bytes = sum(len((ROOT / name).read_bytes()) for name in SOURCES)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result |= {"quantized_val_loss": quantized_val_loss, "quantized_val_bpb": quantized_val_bpb,
-               "artifact_bytes": len(artifact) + code_bytes, "fits_16mb": len(artifact) + code_bytes <= 16_000_000,
-               "tokens": result["steps"] * cfg.train_batch_tokens, "parameters": parameters, "peak_memory_bytes": peak, "compiled": compiled,
-               "total_seconds": time.perf_counter() - began, "run_id": cfg.run_id, "seed": cfg.seed, "config": dataclasses.asdict(cfg)}
-    if rank == 0:
-        model.load_state_dict(state)
-        log.line(f"{'-' * 40} text sample\n{sample_text(model, data, cfg)}\n{'-' * 40}")
-        log.line(f"artifact: {len(artifact):,} bytes of weights + {code_bytes:,} of source = {result['artifact_bytes']:,} "
-                 f"({'within' if result['fits_16mb'] else 'over'} 16,000,000)")
-        shown = {k: result[k] for k in ("val_loss", "val_bpb", "quantized_val_bpb") if result[k] is not None}
-        log.line(f"result: {' '.join(f'{k}:{v:.4f}' for k, v in shown.items())} artifact_bytes:{result['artifact_bytes']} steps:{result['steps']} "
-                 f"train_time:{1000 * result['train_seconds']:.0f}ms -> logs/{cfg.run_id}/result.json")
-        try:  # last: what has a result is finished
-            if lost:
-                raise lost
-            write_whole(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-        except OSError as e:
-            way = {result["steps"]: "write them", None: "train again"}.get(checkpoints.saved, f"go on from step {checkpoints.saved}")
-            raise ValueError(f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make room and {way} with RESUME=logs/{cfg.run_id}") from None
+    with Checkpoints(log.folder, cfg.checkpoint_every, cfg.checkpoint_seconds, rank, log) as checkpoints:
+        try:
+            result = train(model, loss_fn, eval_fn, cfg, data, share, log, checkpoints, tensors and (manifest, tensors))
+        except ValueError as e:
+            log.note(f"error: {e}")
+            raise
+        result |= {"data_sha256": data.sha256, "parameters": parameters, "compiled": compiled, "run_id": cfg.run_id, "seed": cfg.seed, "config": dataclasses.asdict(cfg)}
+        finish(model, eval_fn, cfg, data, share, log, checkpoints, result, began)  # a signal now lets it end well
     if world_size > 1:
         dist.destroy_process_group()
     return result

@@ -262,6 +262,13 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(data_path, run_id, whole,
     assert same_run(whole, run_id)
 
 
+def test_a_signal_behind_the_last_validation_lets_the_run_finish(data_path, run_id):
+    process = start(data_path, f"--run_id={run_id}")
+    read_until(process, rf"step:{TINY['iterations']}/.* val_loss:")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate()[0].splitlines()[-1].startswith("result: ") and process.returncode == 0
+
+
 def test_a_signal_stops_two_ranks_at_one_step(data_path, run_id):
     flags = [*RUN, "--jepa_update=decoupled"]
     done = run_cli(data_path, *flags, f"--run_id={run_id}-whole", ranks=2)
