@@ -147,6 +147,15 @@ def test_a_damaged_artifact_is_refused_or_the_same():
         weights.dequantize(artifact + b"x")
 
 
+@pytest.mark.parametrize("tensors", [
+    {"w": torch.ones(4, 6).to(torch.int8)}, {"w": torch.ones(4, 6).to(torch.int8), "w.scale": torch.ones(3, 1).half()}, {"w": torch.ones(4, 4).to(torch.int8), "w.scale": torch.ones(1, 4).half()},
+    {"w": torch.ones(6).to(torch.int8), "w.scale": torch.ones(6, 1).half()}, {"w": torch.ones(()).to(torch.int8), "w.scale": torch.ones(()).half()}])
+def test_int8_without_its_scale_is_a_damaged_artifact(tensors):
+    with pytest.raises(ValueError, match="a damaged artifact .*'w' is int8") as e:
+        weights.dequantize(weights.zlib.compress(weights.to_safetensors(tensors, seal=False)))
+    assert "\n" not in str(e.value)
+
+
 # ---- sealed JSON and files that appear whole
 
 
