@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,7 @@ def test_a_damaged_artifact_is_refused_or_the_same():
     {"w": torch.ones(6).to(torch.int8), "w.scale": torch.ones(6, 1).half()}, {"w": torch.ones(()).to(torch.int8), "w.scale": torch.ones(()).half()}])
 def test_int8_without_its_scale_is_a_damaged_artifact(tensors):
     with pytest.raises(ValueError, match="a damaged artifact .*'w' is int8") as e:
-        weights.dequantize(weights.zlib.compress(weights.to_safetensors(tensors, seal=False)))
+        weights.dequantize(zlib.compress(weights.to_safetensors(tensors, seal=False)))
     assert "\n" not in str(e.value)
 
 

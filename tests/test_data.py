@@ -112,6 +112,9 @@ def test_fineweb_fetches_what_is_missing_and_writes_meta(tmp_path, monkeypatch):
     (tmp_path / "fw" / "fineweb_train_000001.bin").write_bytes((tmp_path / "fw" / "fineweb_train_000001.bin").read_bytes()[:-1] + b"\0")
     with pytest.raises(ValueError, match="sha256"):
         TokenData(make_config(str(tmp_path / "fw")))
+    (tmp_path / "fw" / "meta.json").write_text("{}")
+    with pytest.raises(SystemExit, match="^error: .*meta.json: .* written by something else; remove meta.json and run this again, which keeps the shards$"):
+        fineweb.main(["--shards", "2", "--out", str(tmp_path / "fw")])
 
 
 @pytest.mark.parametrize("argv, message", [

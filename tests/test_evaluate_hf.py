@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import re
 import sqlite3
 import sys
 import time
@@ -302,18 +303,18 @@ def test_long_texts_are_judged_in_linear_time():
 @settings(deadline=None)
 @given(st.text(" \n\t-+.,$%/^eE#0123456789x\u00a0", max_size=30))
 def test_a_number_is_what_it_was_with_backtracking(text):
-    end = scoring.re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", text.split("####")[0].split("\n")[0])
-    number = scoring.re.match(r"\s*([-+]?)\s*(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
+    end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", text.split("####")[0].split("\n")[0])
+    number = re.match(r"\s*([-+]?)\s*(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
     assert scoring.number_behind_hashes("####" + text.split("####")[0], 0) == (Decimal(number[1] + number[2]) if number else None)
 
 
 @settings(deadline=None)
 @given(st.lists(st.sampled_from(["(", ")", " order by ", "order", " by ", "'it''s'", "')'", '"(a"', "[(]", "`)`", "/*)*/", "--(\n", "x"])).map("".join))
 def test_order_is_what_it_was_with_the_innermost_parentheses_removed_again_and_again(sql):
-    bare, inner = scoring.re.sub(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", " x ", sql, flags=scoring.re.DOTALL), None
+    bare, inner = re.sub(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", " x ", sql, flags=re.DOTALL), None
     while bare != inner:
-        bare, inner = scoring.re.sub(r"\([^()]*\)", " ", bare), bare
-    assert scoring.is_ordered(sql) == bool(scoring.re.search(r"\border\s+by\b", bare, scoring.re.IGNORECASE))
+        bare, inner = re.sub(r"\([^()]*\)", " ", bare), bare
+    assert scoring.is_ordered(sql) == bool(re.search(r"\border\s+by\b", bare, re.IGNORECASE))
 
 
 @pytest.mark.parametrize("text, statement", [
