@@ -39,6 +39,7 @@ from pathlib import Path
 import yaml
 
 from config import load_config, load_sections
+from data.shards import write_whole
 
 ROOT = Path(__file__).resolve().parent
 WEIGHT = {"train_gpt.py": "jepa_lambda", "finetune.py": "lbd"}
@@ -153,7 +154,13 @@ class Run:
         files = [*([self.evaluation] if self.evaluation else []), self.folder / "result.json"]
         if not all(file.is_file() for file in files):
             return None
-        found = {name: value for file in files for name, value in json.loads(file.read_text()).items()}
+        found = {}
+        for file in files:
+            try:
+                found.update(**json.loads(file.read_text()))
+            except (ValueError, TypeError, RecursionError) as e:
+                again = self.folder if file.name == "result.json" else file
+                raise ValueError(f"{file}: not a JSON object ({e}), so it was damaged; remove {again} and run the grid again") from None
         if "config" not in found and (self.folder / "config.yaml").is_file():  # finetune.py's, of sections
             found["config"] = {name: value for section in yaml.safe_load((self.folder / "config.yaml").read_text()).values() for name, value in section.items()}
         return found
@@ -245,7 +252,7 @@ def execute(run, args, gpu):
             if done.returncode or done.stdout == b"":
                 return
         if args.evaluate:
-            run.evaluation.write_bytes(done.stdout.strip().splitlines()[-1])
+            write_whole(run.evaluation, done.stdout.strip().splitlines()[-1])
 
 
 def number(result, metric):

@@ -34,19 +34,35 @@ def check_ranges(config, name=lambda f: f.name.upper()):
             raise ValueError(f"{name(f)}={value}: must be at least {low}" + (f" and at most {high}" if high is not None else ""))
 
 
+def told(value):
+    """A value as a message of one line shows it; Python refuses to print an integer of thousands of digits."""
+    try:
+        return repr(value)[:200]
+    except ValueError:
+        return "an integer of too many digits"
+
+
+def told_key(key):
+    """As told, a usual key without quotes."""
+    return key[:200] if isinstance(key, str) and key.isprintable() else told(key)
+
+
 def parse_value(kind, text, where):
     """The value of type `kind` that text (a string, or what YAML made of it) stands for; ValueError naming `where`."""
-    if kind is bool and str(text).lower() in ("0", "1", "true", "false"):
-        return str(text).lower() in ("1", "true")
     try:
-        if kind is not bool and not isinstance(text, bool):
+        if kind is bool:
+            if str(text).lower() in ("0", "1", "true", "false"):
+                return str(text).lower() in ("1", "true")
+        elif not isinstance(text, bool):
             if kind is str and text is None:
                 return ""
             if not (kind is int and isinstance(text, float) or isinstance(text, (list, dict))):
-                return kind(text)
-    except (TypeError, ValueError):
+                value = kind(text)
+                if not isinstance(value, int) or value.bit_length() <= 64:
+                    return value
+    except (TypeError, ValueError, OverflowError):
         pass
-    raise ValueError(f"{where}: {text!r} is not {'0 or 1' if kind is bool else 'a valid ' + kind.__name__}")
+    raise ValueError(f"{where}: {told(text)} is not {'0 or 1' if kind is bool else 'a valid ' + kind.__name__}")
 
 
 def nearest(name, names):
@@ -101,7 +117,7 @@ def load_config(Config, argv, environ, description=""):
         loaded = read_yaml(flags.config)
         for name, value in loaded.items():
             if name not in fields:
-                raise ValueError(f"{flags.config}: unknown key {name}{nearest(str(name), fields)}")
+                raise ValueError(f"{flags.config}: unknown key {told_key(name)}{nearest(told_key(name), fields)}")
             put(name, value, f"{flags.config}: {name}")
     for variable, text in environ.items():
         name = variable.lower()
@@ -148,13 +164,14 @@ def load_sections(Config, argv, aliases, description=""):
         raise ValueError(f"unknown argument {flag}" + (f"; say --{' or --'.join(both)}" if both else nearest(name, flags)))
     for section, keys in (read_yaml(given.config) if given.config else {}).items():
         if section not in sections:
-            raise ValueError(f"{given.config}: unknown section {section}{nearest(str(section), sections)}; there are {', '.join(sections)}")
+            raise ValueError(f"{given.config}: unknown section {told_key(section)}{nearest(told_key(section), sections)}; there are {', '.join(sections)}")
         if not isinstance(keys, (dict, type(None))):
             raise ValueError(f"{given.config}: section {section} must hold lines of `key: value`")
         for name, value in (keys or {}).items():
-            if f"{section}.{name}" not in fields:
-                raise ValueError(f"{given.config}: unknown key {section}.{name}{nearest(f'{section}.{name}', fields)}")
-            put(f"{section}.{name}", value, f"{given.config}: {section}.{name}")
+            key = f"{section}.{told_key(name)}"
+            if key not in fields:
+                raise ValueError(f"{given.config}: unknown key {key}{nearest(key, fields)}")
+            put(key, value, f"{given.config}: {key}")
     for key in fields:
         put(key, getattr(given, key), f"flag --{key}")
     config = Config(**{s: kind(**{key.split(".")[1]: v for key, v in values.items() if key.split(".")[0] == s}) for s, kind in sections.items()})

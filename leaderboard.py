@@ -338,6 +338,12 @@ def add(args):
     blobs = {run.name: (Path(folder) / "model.int8.zlib").read_bytes() for run, folder in zip(runs, args.runs)}
     weights = {name: {"weights_bytes": len(blob), "weights_sha256": hashlib.sha256(blob).hexdigest()} for name, blob in blobs.items()}
     record = judge(args.track, summary(args.track, date, runs, weights))
+    from weights import dequantize
+    for name, blob in blobs.items():  # of the right length; whether these are the bytes that the run wrote, their checksum says
+        try:
+            dequantize(blob)
+        except ValueError as e:
+            raise ValueError(f"{name}: model.int8.zlib: {e}; copy it again, or leave the run out") from None
     folder = ROOT / "records" / args.track / f"{date[:10]}_{named(args.name)}"
     if folder.exists():
         raise ValueError(f"{shown(folder)} exists; choose another --name")

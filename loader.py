@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import jepa
-from data.shards import check_shard, hold_shard, read_meta, read_shard, token_table, tokenizer_file
+from data.shards import check_shard, held_by_meta, hold_shard, read_meta, read_shard, token_table, tokenizer_file
 
 ROOT = Path(__file__).resolve().parent
 EMBEDDED_DATA = ("data/stdlib", "data/nlregex", "data/nlregex_groups")  # prepared where they are missing
@@ -68,7 +68,8 @@ class Shards:
         identity = [[name, shards[name]["sha256"]] for name in sorted(shards)] + ([self.meta["doc_token"], self.meta["bytes_per_token"]] if shards else [])
         self.sha256 = hashlib.sha256(json.dumps(identity).encode()).hexdigest() if shards else None  # of all that val_bpb is made of
         if self.meta and (odd := {f.name for found in files.values() for f in found} ^ set(shards)):
-            raise ValueError(f"{self.folder / 'meta.json'} and the shards beside it disagree on {', '.join(sorted(odd))}; make the data again")
+            raise ValueError(f"{self.folder / 'meta.json'} and the shards beside it disagree on {', '.join(sorted(odd))}; "
+                             "remove the folder and make the data again")
         self.train, self.val = ([read_shard(f) for f in files[split]] for split in ("train", "val"))
 
         mine = [(f, tokens) for split in files for f, tokens in zip(files[split], getattr(self, split))][part::parts]
@@ -76,17 +77,22 @@ class Shards:
             unheld = [] if self.meta else [reason for reason in pool.map(lambda m: hold_shard(m[0]), mine) if reason]
             largest = list(pool.map(lambda m: check_shard(*m, shards[m[0].name]["sha256"] if self.meta else None), mine))
         if unheld:
-            self.warnings.append(f"{self.folder} cannot be written ({unheld[0]}), so the sha256 of its shards is not kept there: a change of them would go unseen")
+            self.warn_unheld(self.folder, "the shards", unheld[0])
         self.load_vocabulary(max(largest, default=0))
         for (file, _), token in zip(mine, largest):
             if token >= self.known_size:
                 raise ValueError(f"{file}: token {token} is outside the vocabulary of {self.known_size}; set VOCAB_SIZE or the right TOKENIZER")
+
+    def warn_unheld(self, folder, what, reason):
+        self.warnings.append(f"{folder} cannot be written ({reason}), so the sha256 of {what} is not kept there: a change would go unseen")
 
     def load_vocabulary(self, largest):
         """Vocabulary size, document marker, bytes per token and the tokens' bytes, from meta.json or TOKENIZER; with
         neither, the size follows from the largest token, and no_bpb says why there is no val_bpb."""
         tokenizer = tokenizer_file(self.folder, self.meta) if self.meta else self.cfg.tokenizer
         self.token_table = token_table(str(tokenizer)) if tokenizer else None
+        if not self.meta and os.path.isfile(tokenizer) and not held_by_meta(tokenizer) and (reason := hold_shard(tokenizer)):
+            self.warn_unheld(Path(tokenizer).parent, Path(tokenizer).name, reason)
         self.bytes_per_token = np.array([len(token) for token in self.token_table], dtype=np.int64) if tokenizer else None
         self.doc_token = self.meta["doc_token"] if self.meta else self.cfg.doc_token
         self.no_bpb = None if tokenizer else f"{self.folder} has no meta.json and TOKENIZER is not set, so the bytes per token are unknown"
@@ -225,7 +231,7 @@ class ExampleSet:
         self.start, self.length = bounds + 1, np.diff(bounds, append=len(tokens)) - 1
         self.first = np.append(np.flatnonzero(tokens[bounds] == marker), len(bounds))  # the first view of each example
         if len(bounds) == 0 or bounds[0] or tokens[0] != marker or self.length.min() < 1:
-            raise ValueError(f"the {split} shards hold no examples of non-empty views; make the data again with data/pairs.py")
+            raise ValueError(f"the {split} shards hold no examples of non-empty views; remove the folder and make the data again with data/pairs.py")
 
     def __len__(self):
         return len(self.first) - 1
@@ -277,7 +283,7 @@ class PairData(Shards):
             self.sets[split] = ExampleSet(getattr(self, split), self.doc_token, self.separator, split)
             views = self.sets[split].counts()
             if not (views == 2).all() if self.paired else (views < 2).any():
-                raise ValueError(f"the {split} shards of {self.folder} don't hold {self.meta['kind']}; make the data again with data/pairs.py")
+                raise ValueError(f"the {split} shards of {self.folder} don't hold {self.meta['kind']}; remove the folder and make the data again with data/pairs.py")
             self.fit_rows(split)
         if cfg.val_tokens:
             self.sets["val"].keep(np.cumsum(self.trunks("val")) <= max(cfg.val_tokens, self.trunks("val")[0]))
@@ -478,7 +484,11 @@ def meta_of(folder):
     """The meta.json of a data folder, None where it has none; ValueError where there is no folder or it can't be trusted."""
     if not folder.is_dir():
         raise ValueError(f"DATA_PATH={folder}: no such folder; make one with a script in data/ (README, Data)")
-    return read_meta(folder) if os.path.lexists(folder / "meta.json") else None
+    if os.path.lexists(folder / "meta.json"):
+        return read_meta(folder)
+    if os.path.lexists(folder / "tokenizer.tiktoken"):  # as the scripts in data/ call it: pairs would be read as text
+        raise ValueError(f"{folder}: its meta.json is missing; remove the folder and make the data again (data/fineweb.py only adds what is missing)")
+    return None
 
 
 def open_data(cfg):

@@ -6,6 +6,7 @@ reading, one statement, in a process of its own with limits on time, memory and 
 """
 import contextlib
 import json
+import os
 import re
 import resource
 import sqlite3
@@ -19,9 +20,11 @@ from pathlib import Path
 from urllib.parse import quote
 
 TASKS = ("exact", "startswith", "gsm8k", "nq_open", "choice", "spider")
-QUOTED = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"  # SQL's texts, quoted names and comments
+# SQL's texts, quoted names and comments; one that isn't closed ends with the text, so that none is looked through twice
+QUOTED = r"'(?:[^']++|'')*+(?:'|\Z)|\"(?:[^\"]++|\"\")*+(?:\"|\Z)|`[^`]*+(?:`|\Z)|\[[^\]]*+(?:\]|\Z)|--[^\n]*|/\*.*?(?:\*/|\Z)"
 SQL_ACTIONS = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE, sqlite3.SQLITE_FUNCTION}
 SQL_ERRORS = (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError)  # what a query may raise, for all that is written in it
+SQL_ROW = json.JSONDecoder(object_hook=lambda blob: bytes.fromhex(blob["bytes"]))  # of what answer_query prints
 SQL_VALUE, SQL_RESULT, SQL_MEMORY = 10**6, 2**28, 2**31  # bytes that one value, all rows of a result, and its process may take
 
 
@@ -51,8 +54,8 @@ def answer_of(example, databases=None, timeout=10.0):
         if databases is None:
             raise ValueError("its task is spider; give --databases, the folder with <db_id>/<db_id>.sqlite")
         file, sql = Path(databases) / name / f"{name}.sqlite", first_statement(target)
-        if not file.is_file():
-            raise ValueError(f"no database {file}; check --databases")
+        if not os.path.isfile(file):  # unlike Path's it raises nothing for a name that is too long
+            raise ValueError(f"no database {str(file)[:300]!r}; check --databases")
         try:
             return file, run_sql(file, sql, timeout), is_ordered(sql)
         except sqlite3.Error as e:
@@ -84,7 +87,7 @@ def number_behind_hashes(text, which):
     if not ends:
         return None
     end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", ends[which])
-    number = re.match(r"\s*([-+]?)\s*(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
+    number = re.match(r"\s*+([-+]?)\s*+(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
     return Decimal(number[1] + number[2]) if number else None
 
 
@@ -104,10 +107,15 @@ def first_statement(text):
 
 def is_ordered(sql):
     """Whether a query orders its result: ORDER BY outside parentheses, texts, quoted names and comments."""
-    bare, inner = re.sub(QUOTED, " x ", sql, flags=re.DOTALL), None
-    while bare != inner:
-        bare, inner = re.sub(r"\([^()]*\)", " ", bare), bare
-    return bool(re.search(r"\border\s+by\b", bare, re.IGNORECASE))
+    bare, opened = [], []  # pieces, and where among them an open parenthesis stands
+    for piece in re.split(r"([()])", re.sub(QUOTED, " x ", sql, flags=re.DOTALL)):
+        if piece == ")" and opened:
+            bare[opened.pop():] = [" "]
+            continue
+        if piece == "(":
+            opened.append(len(bare))
+        bare.append(piece)
+    return bool(re.search(r"\border\s+by\b", "".join(bare), re.IGNORECASE))
 
 
 def run_sql(file, sql, timeout):
@@ -120,12 +128,13 @@ def run_sql(file, sql, timeout):
     asked = json.dumps([str(Path(file).resolve()), sql, timeout, SQL_RESULT, SQL_MEMORY])
     try:
         done = subprocess.run([sys.executable, "-I", "-S", __file__], input=asked.encode(), capture_output=True, timeout=2 * timeout + 60)
-        *rows, end = [json.loads(line, object_hook=lambda blob: bytes.fromhex(blob["bytes"])) for line in done.stdout.splitlines()] or [None]
+        rows, _, end = done.stdout.rstrip().rpartition(b"\n")
+        end = json.loads(end)
     except (subprocess.TimeoutExpired, ValueError):
         end = None  # it was ended from outside, maybe in the middle of a line
-    if not isinstance(end, str) or end:
-        raise sqlite3.OperationalError(end or "interrupted: too much time or memory for one step")
-    return list(map(tuple, rows))
+    if end != "":  # known before a row is parsed: there may be millions
+        raise sqlite3.OperationalError(end if isinstance(end, str) else "interrupted: too much time or memory for one step")
+    return [tuple(SQL_ROW.decode(line.decode())) for line in rows.splitlines()]
 
 
 def answer_query():

@@ -99,6 +99,9 @@ def dequantize(blob):
     if stream.unused_data or not stream.eof:
         raise ValueError("a damaged artifact (cut off, or added to)")
     stored = from_safetensors(content)
+    for name, w in stored.items():
+        if w.dtype == torch.int8 and (w.dim() != 2 or (scale := stored.get(name + ".scale")) is None or scale.shape != (len(w), 1)):
+            raise ValueError(f"a damaged artifact ({name[:100]!r} is int8, and no matrix with a scale for each row)")
     return {name: w.float() * stored[name + ".scale"].float() if w.dtype == torch.int8 else w.float()
             for name, w in stored.items() if not name.endswith(".scale")}
 

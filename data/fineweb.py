@@ -27,7 +27,7 @@ def main(argv=None):
     try:
         known = read_meta(out)["shards"] if (out / "meta.json").exists() else {}
     except ValueError as e:
-        raise SystemExit(f"error: {e}: remove meta.json and run this again, which keeps the shards") from None
+        raise SystemExit(f"error: {str(e).rpartition('; ')[0]}; remove meta.json and run this again, which keeps the shards") from None
     names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{n:06d}.bin" for n in range(1, args.shards + 1)]
     for name in progress(names, len(names), "shards"):
         if not (out / name).exists():

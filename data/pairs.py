@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.shards import (json_lines, load_tokenizer, progress, read_meta, sha256_file, sync_folder, token_bytes, train_bpe, write_meta, write_ranks,
+from data.shards import (json_lines, load_tokenizer, progress, read_meta, sha256_file, token_bytes, train_bpe, whole_folder, write_meta, write_ranks,
                          write_shard, write_whole)
 
 PRED_TOKENS = 10  # [PRED] tokens a vocabulary of pairs has: JEPA_PRED_TOKENS uses the first ones
@@ -56,7 +56,7 @@ def parse(record):
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
         raise ValueError(f"roles {str(roles)[:100]}: only one user and one assistant message are known, after at most one system message")
     system = messages[0].get("content") if len(messages) == 3 else None
-    if system:
+    if system not in (None, ""):
         check_text(system, "system")
     return "pairs", system, [check_text(m.get("content"), m["role"]) for m in messages[-2:]]
 
@@ -177,25 +177,22 @@ def prepare_pairs(out, train, test, *, source, licence="unknown", system="auto",
     table = token_bytes(encoding) + [b""] * (1 + PRED_TOKENS)
     if len(table) > 65536:
         raise SystemExit(f"error: {len(table)} tokens with separator and [PRED]s; a shard holds uint16, at most 65536")
-    work = out.with_name(f"{out.name}.part{os.getpid()}")
-    work.mkdir(parents=True)
-    shards = {}
-    for split, examples in views.items():
-        tokens = []
-        for example in progress(examples, desc=f"tokenising {split}"):
-            for i, ids in enumerate(map(encoding.encode_ordinary, example)):
-                tokens += [separator if i else marker, *ids]
-        file = f"pairs_{split}_000000.bin"
-        write_shard(work / file, np.array(tokens))
-        shards[file] = {"sha256": sha256_file(work / file), "tokens": len(tokens), "text_bytes": sum(len(v.encode()) for e in examples for v in e)}
-    for name, text in files.items():
-        write_whole(work / name, text.encode())
-    write_ranks(work / "tokenizer.tiktoken", token_bytes(encoding))
-    write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str}, table=table, doc_token=marker,
-               shards=shards, source=source, licence=licence, kind=kind, separator=separator, first_pred=separator + 1,
-               keep_system=keep, overlap=overlap(views["train"], views["val"], kind))
-    os.replace(work, out)
-    sync_folder(out.parent)
+    with whole_folder(out) as work:
+        shards = {}
+        for split, examples in views.items():
+            tokens = []
+            for example in progress(examples, desc=f"tokenising {split}"):
+                for i, ids in enumerate(map(encoding.encode_ordinary, example)):
+                    tokens += [separator if i else marker, *ids]
+            file = f"pairs_{split}_000000.bin"
+            write_shard(work / file, np.array(tokens))
+            shards[file] = {"sha256": sha256_file(work / file), "tokens": len(tokens), "text_bytes": sum(len(v.encode()) for e in examples for v in e)}
+        for name, text in files.items():
+            write_whole(work / name, text.encode())
+        write_ranks(work / "tokenizer.tiktoken", token_bytes(encoding))
+        write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str}, table=table, doc_token=marker,
+                   shards=shards, source=source, licence=licence, kind=kind, separator=separator, first_pred=separator + 1,
+                   keep_system=keep, overlap=overlap(views["train"], views["val"], kind))
     return read_meta(out)
 
 

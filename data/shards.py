@@ -4,7 +4,7 @@ A shard is the llm.c format: 256 little-endian int32 (magic 20240520, version 1,
 then the tokens as uint16. Every document begins with the document marker, a token of its own.
 `meta.json`: tokenizer (with the sha256 of its file), vocab_size, doc_token, bytes_per_token (UTF-8 bytes, 0 for the
 marker), shards (file name -> sha256, tokens, and text_bytes, the size of the raw text in it), source, licence; last its
-own sha256. A shard of another project has a file <shard>.sha256 beside it, from its first use on.
+own sha256. A shard of another project, and its tokenizer's file, has a file <name>.sha256 beside it, from its first use on.
 """
 import base64
 import contextlib
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,20 @@ def write_whole(path, *chunks):
             part.unlink()
         raise
     sync_folder(Path(path).parent)
+
+
+@contextlib.contextmanager
+def whole_folder(out):
+    """A new folder to write into, which becomes `out` in the end, or vanishes where something fails."""
+    work = out.with_name(f"{out.name}.part{os.getpid()}")
+    work.mkdir(parents=True)
+    try:
+        yield work
+        os.replace(work, out)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    sync_folder(out.parent)
 
 
 def seal_of(text):
@@ -154,17 +169,19 @@ def check_shard(path, tokens, sha256=None):
 
 
 def hold_shard(path):
-    """Hold a shard without meta.json to the sha256 it had when it was first used, which stands in <path>.sha256 as sha256sum
-    writes it. Why it can't be, or ""; ValueError where it differs."""
+    """Hold a file without meta.json, a shard or tokenizer, to the sha256 it had when it was first used, which stands in <path>.sha256
+    as sha256sum writes it. Why it can't be, or ""; ValueError where it differs."""
     beside, line = Path(f"{path}.sha256"), f"{sha256_file(path)}  {Path(path).name}\n".encode()
     if not os.path.lexists(beside):
         try:
             write_whole(beside, line)
         except OSError as e:
             return e.strerror
+    elif not beside.is_file():
+        raise ValueError(f"{beside}: not a file with the sha256 of {path}; remove it")
     elif beside.read_bytes() != line:
-        raise ValueError(f"{path}: its sha256 is not the one it had when it was first used, in {beside}; fetch the shard again, or remove that file if "
-                         "the shard was meant to change")
+        raise ValueError(f"{path}: its sha256 is not the one it had when it was first used, in {beside}; fetch it again, or remove that file if "
+                         "it was meant to change")
     return ""
 
 
@@ -185,7 +202,8 @@ def train_bpe(texts, vocab_size):
 def load_tokenizer(name):
     """A tiktoken Encoding from a tiktoken name, or from a file of ranks (base64, space, rank: one a line).
 
-    A file is read with GPT-2's split pattern, which is that of r50k_base, gpt2 and p50k_base.
+    A file is read with GPT-2's split pattern, which is that of r50k_base, gpt2 and p50k_base. Where a meta.json beside it names it,
+    it must have the sha256 that stands there.
     """
     try:
         import tiktoken
@@ -193,6 +211,12 @@ def load_tokenizer(name):
         raise SystemExit(f"error: tokenizer {name!r} needs tiktoken: pip install tiktoken, or give a file of ranks") from None
     if os.path.exists(name):
         ranks = read_ranks(name)
+        if missing := [i for i in range(256) if bytes([i]) not in ranks]:  # tiktoken would panic where a text has it
+            raise SystemExit(f"error: {name}: no rank for the byte {missing[0]}, so it can't encode every text; give a whole tokenizer")
+        try:
+            held_by_meta(name)
+        except ValueError as e:
+            raise SystemExit(f"error: {e}") from None
         encoding = tiktoken.Encoding(Path(name).stem, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
                                      special_tokens={"<|endoftext|>": max(ranks.values()) + 1})
     elif name in tiktoken.list_encoding_names():
@@ -216,15 +240,25 @@ def saved_encoding(folder, meta):
     try:
         return tiktoken.Encoding(saved["name"], pat_str=saved["pattern"], mergeable_ranks=ranks, special_tokens={})
     except ValueError as e:
-        raise ValueError(f"{Path(folder) / 'meta.json'}: its tokenizer has no pattern that can be used ({' '.join(str(e).split())[:200]}); make the data again") from None
+        raise ValueError(f"{Path(folder) / 'meta.json'}: its tokenizer has no pattern that can be used ({' '.join(str(e).split())[:200]}); "
+                         "remove the folder and make the data again") from None
 
 
 def tokenizer_file(folder, meta):
     """The file of ranks of a data folder; ValueError where its sha256 is not the one in meta.json."""
     path = Path(folder) / meta["tokenizer"]["file"]
     if not path.is_file() or sha256_file(path) != meta["tokenizer"]["sha256"]:
-        raise ValueError(f"{path}: {'its sha256 is not the one in meta.json' if path.is_file() else 'no such file'}; make the data again")
+        raise ValueError(f"{path}: {'its sha256 is not the one in meta.json' if path.is_file() else 'no such file'}; remove the folder and make the data again")
     return path
+
+
+def held_by_meta(path):
+    """Whether the meta.json beside a tokenizer's file names it; ValueError where its sha256 isn't the one in there."""
+    folder = Path(path).parent
+    if not os.path.lexists(folder / "meta.json") or (meta := read_meta(folder))["tokenizer"]["file"] != Path(path).name:
+        return False
+    tokenizer_file(folder, meta)
+    return True
 
 
 def read_ranks(path):
@@ -310,7 +344,6 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
     out = Path(out)
     if out.exists():
         raise SystemExit(f"error: {out} exists: remove it, or choose another --out")
-    work = out.with_name(f"{out.name}.part{os.getpid()}")
     name = re.sub(r"[^\w.-]|_(?=train_|val_)", "-", name)  # "x_val_y" would be taken for a val shard
     count, chosen = split_documents(documents, val_fraction, train_fraction, held_out)
 
@@ -331,43 +364,41 @@ def prepare(out, name, documents, *, source, licence, val_fraction, vocab_size=N
     else:
         encoding = load_tokenizer(tokenizer)
     marker = encoding.eot_token
-    work.mkdir(parents=True)
-    shards, buffers = {}, {"train": [], "val": []}
-    filled, text_bytes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
+    with whole_folder(out) as work:
+        shards, buffers = {}, {"train": [], "val": []}
+        filled, text_bytes = {"train": 0, "val": 0}, {"train": 0, "val": 0}
 
-    def flush(split):
-        file = f"{name}_{split}_{sum(s.startswith(f'{name}_{split}_') for s in shards):06d}.bin"
-        write_shard(work / file, np.concatenate(buffers[split]))
-        shards[file] = {"sha256": sha256_file(work / file), "tokens": filled[split], "text_bytes": text_bytes[split]}
-        buffers[split], filled[split], text_bytes[split] = [], 0, 0
+        def flush(split):
+            file = f"{name}_{split}_{sum(s.startswith(f'{name}_{split}_') for s in shards):06d}.bin"
+            write_shard(work / file, np.concatenate(buffers[split]))
+            shards[file] = {"sha256": sha256_file(work / file), "tokens": filled[split], "text_bytes": text_bytes[split]}
+            buffers[split], filled[split], text_bytes[split] = [], 0, 0
 
-    def encode_batch(batch):
-        for (split, text), ids in zip(batch, encoding.encode_ordinary_batch([t for _, t in batch])):
-            buffers[split].append(np.array([marker, *ids], dtype=np.uint16))
-            filled[split] += len(ids) + 1
-            text_bytes[split] += len(text.encode())
-            if filled[split] >= SHARD_TOKENS:
+        def encode_batch(batch):
+            for (split, text), ids in zip(batch, encoding.encode_ordinary_batch([t for _, t in batch])):
+                buffers[split].append(np.array([marker, *ids], dtype=np.uint16))
+                filled[split] += len(ids) + 1
+                text_bytes[split] += len(text.encode())
+                if filled[split] >= SHARD_TOKENS:
+                    flush(split)
+
+        batch = []
+        for piece in progress(pieces(), count if chosen is not None else 2, "tokenising"):
+            batch.append(piece)
+            if len(batch) == 512:
+                encode_batch(batch)
+                batch = []
+        encode_batch(batch)
+        for split in ("train", "val"):
+            if filled[split]:
                 flush(split)
 
-    batch = []
-    for piece in progress(pieces(), count if chosen is not None else 2, "tokenising"):
-        batch.append(piece)
-        if len(batch) == 512:
-            encode_batch(batch)
-            batch = []
-    encode_batch(batch)
-    for split in ("train", "val"):
-        if filled[split]:
-            flush(split)
-
-    table = token_bytes(encoding)
-    write_ranks(work / "tokenizer.tiktoken", table)
-    if train_fraction < 1:
-        source += f", {train_fraction:g} of the training documents" + (", validated on others of them" if held_out else "")
-    write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str},
-               table=table, doc_token=marker, shards=shards, source=source, licence=licence)
-    os.replace(work, out)
-    sync_folder(out.parent)
+        table = token_bytes(encoding)
+        write_ranks(work / "tokenizer.tiktoken", table)
+        if train_fraction < 1:
+            source += f", {train_fraction:g} of the training documents" + (", validated on others of them" if held_out else "")
+        write_meta(work, tokenizer={"file": "tokenizer.tiktoken", "name": encoding.name, "pattern": encoding._pat_str},
+                   table=table, doc_token=marker, shards=shards, source=source, licence=licence)
     return out
 
 
@@ -407,8 +438,8 @@ def read_meta(folder):
     try:
         meta = read_sealed(file)
     except ValueError as e:
-        raise ValueError(f"{e}; make the data again with its script in data/") from None
+        raise ValueError(f"{e}; remove the folder and make the data again") from None
     for key, (what, fits) in (META | (META_PAIRS if "kind" in meta else {})).items():
         if not fits(meta.get(key), meta):
-            raise ValueError(f"{file}: {key} is not {what}; make the data again")
+            raise ValueError(f"{file}: {key} is not {what}; remove the folder and make the data again")
     return meta

@@ -345,6 +345,34 @@ def test_runs_are_interleaved_over_the_arms(tmp_path):
             planned(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("content", ["", '{"val_bpb": 1', "[1]", "[]", "3", "\udcff", "[" * 100_000])
+def test_a_damaged_result_is_named_with_what_to_do(tmp_path, content):
+    run = ablate.Run(Arm(()), 1, tmp_path / "run", [], tmp_path / "log", tmp_path / "run" / "evaluation-1.json")
+    run.folder.mkdir()
+    for bad, again in (("result.json", run.folder), (run.evaluation.name, run.evaluation)):
+        for name in ("result.json", run.evaluation.name):
+            (run.folder / name).write_text(content if name == bad else '{"val_bpb": 1}', errors="surrogateescape")
+        with pytest.raises(ValueError, match=f"{run.folder / bad}: not a JSON object .*; remove {again} and run the grid again") as e:
+            run.result()
+        assert "\n" not in str(e.value)
+
+
+def test_an_evaluation_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    run = ablate.Run(Arm(()), 1, tmp_path / "run", ["train_gpt.py", "train_gpt.py"], tmp_path / "log", tmp_path / "run" / "evaluation-1.json")
+    run.folder.mkdir()
+    (run.folder / "result.json").write_text("{}")
+    monkeypatch.setattr(ablate.subprocess, "run", lambda *_, **__: Namespace(returncode=0, stdout=b'so\n{"startswith": 1}\n'))
+    monkeypatch.setattr(ablate.os, "fsync", lambda _: 1 / 0)  # stopped before it is on the disk
+    args = Namespace(evaluate="x.jsonl", script=GPT, task=None)
+    with pytest.raises(ZeroDivisionError):
+        ablate.execute(run, args, "")
+    assert [file.name for file in run.folder.iterdir()] == ["result.json"]
+    monkeypatch.undo()
+    monkeypatch.setattr(ablate.subprocess, "run", lambda *_, **__: Namespace(returncode=0, stdout=b'so\n{"startswith": 1}\n'))
+    ablate.execute(run, args, "")
+    assert run.result() == {"startswith": 1}
+
+
 def made_up(values, **changes):
     """Runs with these results: {arm: [value or whole result of each seed, or None]}."""
     whole = lambda value: value if isinstance(value, dict) or value is None else {"val_bpb": value, "train_seconds": 2.0, "steps": 10, "train_flops": 1e9, **changes}

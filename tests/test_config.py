@@ -12,7 +12,7 @@ import yaml
 import finetune
 import train_gpt
 import weights
-from config import load_config, load_sections
+from config import load_config, load_sections, parse_value
 from model import GPT, GPTConfig
 from train_gpt import Config
 
@@ -99,6 +99,33 @@ def test_bad_yaml(tmp_path, text, message):
 def test_a_near_miss_in_the_environment_is_a_warning():
     _, _, warnings = load_config(Config, [], {"NUM_LAYER": "3", "PATH": "/bin", "HOME": "/x", "OMP_NUM_THREADS": "2", "RANK": "0"})
     assert len(warnings) == 1 and "NUM_LAYER " in warnings[0] and "NUM_LAYERS" in warnings[0]
+
+
+@pytest.mark.parametrize("line, message", [
+    ("jepa_lambda: 0x" + 500 * "f", "jepa_lambda: [0-9]+ is not a valid float"), ("seed: 0x" + 5000 * "f", "seed: an integer of too many digits is not a valid int"),
+    ("seed: -0x1" + 16 * "0", "seed: -18446744073709551616 is not a valid int"), ("compile: 0x" + 5000 * "f", "compile: an integer of too many digits is not 0 or 1"),
+    ("run_id: 0x" + 5000 * "f", "run_id: an integer of too many digits is not a valid str"), ("seed: [0x" + 5000 * "f" + "]", "seed: an integer of too many digits is not"),
+    ('"a\\nb": 1', r"unknown key 'a\\nb'"), ("? 0x" + 5000 * "f" + "\n: 1", "unknown key an integer of too many digits"), ("jepa_lamda: 1", "unknown key jepa_lamda; did you mean jepa_lambda?")])
+def test_numbers_and_keys_that_cannot_be_are_one_line_with_file_and_key(tmp_path, line, message):
+    (tmp_path / "x.yaml").write_text(line)
+    with pytest.raises(ValueError, match=f"x.yaml: {message}") as e:
+        load_config(Config, ["--config", str(tmp_path / "x.yaml")], {})
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+    (tmp_path / "y.yaml").write_text(f"training:\n  {line.replace(chr(10), chr(10) + '  ').replace('seed', 'batch_size').replace('jepa_lambda', 'lbd')}\n")
+    with pytest.raises(ValueError, match=r"y\.yaml: (unknown key )?training\.") as e:
+        load_sections(finetune.Config, ["--config", str(tmp_path / "y.yaml")], {})
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+    (tmp_path / "z.yaml").write_text(line)
+    with pytest.raises(ValueError, match=r"z\.yaml: unknown section") as e:
+        load_sections(finetune.Config, ["--config", str(tmp_path / "z.yaml")], {})
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+def test_an_integer_of_a_flag_or_variable_has_at_most_64_bits():
+    assert parse_value(int, str(2**64 - 1), "x") == 2**64 - 1
+    for argv, environ, where in (["--seed", str(2**64)], {}, "flag --seed"), ([], {"SEED": "9" * 5000}, "environment variable SEED"):
+        with pytest.raises(ValueError, match=f"{where}: '[0-9]+.* is not a valid int"):
+            load_config(Config, argv, environ)
 
 
 def test_help_shows_every_knob(capsys):

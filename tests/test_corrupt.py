@@ -1,9 +1,11 @@
 """Damaged and hostile files: every byte that changes is found before anything is trained on, and named in one line."""
+import dataclasses
 import json
 import os
 import re
 import shutil
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +148,15 @@ def test_a_damaged_artifact_is_refused_or_the_same():
         weights.dequantize(artifact + b"x")
 
 
+@pytest.mark.parametrize("tensors", [
+    {"w": torch.ones(4, 6).to(torch.int8)}, {"w": torch.ones(4, 6).to(torch.int8), "w.scale": torch.ones(3, 1).half()}, {"w": torch.ones(4, 4).to(torch.int8), "w.scale": torch.ones(1, 4).half()},
+    {"w": torch.ones(6).to(torch.int8), "w.scale": torch.ones(6, 1).half()}, {"w": torch.ones(()).to(torch.int8), "w.scale": torch.ones(()).half()}])
+def test_int8_without_its_scale_is_a_damaged_artifact(tensors):
+    with pytest.raises(ValueError, match="a damaged artifact .*'w' is int8") as e:
+        weights.dequantize(zlib.compress(weights.to_safetensors(tensors, seal=False)))
+    assert "\n" not in str(e.value)
+
+
 # ---- sealed JSON and files that appear whole
 
 
@@ -253,10 +264,38 @@ def test_foreign_shards_are_held_to_their_first_use(tmp_path):
     assert beside.read_text() == f"{shards.sha256_file(shard)}  {shard.name}\n" and data.warnings == [] and data.sha256 is None
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".bin", ".bin", ".sha256", ".sha256"] and len(loader.open_data(cfg).train) == 1
     shards.write_shard(shard, np.arange(900) % 249)  # whole, but another
-    with pytest.raises(ValueError, match=f"{re.escape(str(shard))}: its sha256 is not the one .* in {re.escape(str(beside))}; fetch the shard again, or remove that file"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(shard))}: its sha256 is not the one .* in {re.escape(str(beside))}; fetch it again, or remove that file"):
         loader.open_data(cfg)
     beside.unlink()
     assert loader.open_data(cfg).warnings == []
+    for make in (lambda: beside.symlink_to(tmp_path / "nowhere"), beside.mkdir):
+        beside.unlink()
+        make()
+        with pytest.raises(ValueError, match=f"{re.escape(str(beside))}: not a file with the sha256 of .*; remove it"):
+            loader.open_data(cfg)
+
+
+def test_the_tokenizer_of_foreign_shards_is_held_too(tmp_path):
+    shards.write_ranks(tmp_path / "r", [bytes([i]) for i in range(256)])
+    ranks = (tmp_path / "r").rename(tmp_path / ("r" * 246 + ".tiktoken"))  # no room for a longer name
+    (tmp_path / "f").mkdir()
+    cfg = foreign(tmp_path / "f")
+    (warning,) = loader.open_data(dataclasses.replace(cfg, tokenizer=str(ranks))).warnings
+    assert re.fullmatch(f"{re.escape(str(tmp_path))} cannot be written \\(File name too long\\), so the sha256 of r*.tiktoken is not kept.*", warning)
+    ranks = ranks.rename(tmp_path / "r.tiktoken")
+    cfg = dataclasses.replace(cfg, tokenizer=str(ranks))
+    assert loader.open_data(cfg).warnings == [] == loader.open_data(cfg).warnings and (tmp_path / "r.tiktoken.sha256").is_file()
+    shards.write_ranks(ranks, [bytes([i]) for i in range(255)] + [b"a longer one"])
+    with pytest.raises(ValueError, match=f"{re.escape(str(ranks))}: its sha256 is not the one it had when it was first used"):
+        loader.open_data(cfg)
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_data_that_has_lost_its_meta_is_not_taken_for_another_project_s(base, tmp_path, kind):
+    folder = Path(shutil.copytree(base / kind, tmp_path / kind))
+    (folder / "meta.json").unlink()
+    with pytest.raises(ValueError, match=f"{kind}: its meta.json is missing; remove the folder and make the data again"):
+        loader.open_data(make_config(str(folder)))
 
 
 def test_a_rank_checks_its_own_shards_and_a_new_one_is_held_too(tmp_path):
@@ -283,7 +322,9 @@ LONG = shards.LINE_BYTES
 LINES = {"long": PAIR % (b'"' + b"a" * LONG + b'"', b'"t"'), "blank but long": b" " * (LONG + 1), "deep": b"[" * 100_000, "deep inside": PAIR % (b"[" * 100_000, b"[" * 100_000),
          "no UTF-8": PAIR % (b'"\xff"', b'"\xff"'), "surrogate as UTF-8": PAIR % (b'"\xed\xa0\x80"', b'"\xed\xa0\x80"'), "NUL": PAIR % (b'"a\0b"', b'"a\0b"'),
          "half a pair": PAIR % (b'"\\ud800"', b'"\\udfff"'), "UTF-16": b"\xff\xfe{\0}\0", "number": PAIR % (b"1e999", b"1e999"), "NaN": PAIR % (b"NaN", b"NaN"),
-         "digits": PAIR % (b"1" * 5000, b"1" * 5000), "object": PAIR % (b'{"a": {}}', b"{}"), "cut": PAIR[:40], "list": b"[1]"}
+         "digits": PAIR % (b"1" * 5000, b"1" * 5000), "object": PAIR % (b'{"a": {}}', b"{}"), "cut": PAIR[:40], "list": b"[1]",
+         **{f"system {x.decode()}": b'{"messages": [{"role": "system", "content": %s}, {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}], "task": "exact"}' % x
+            for x in (b"[]", b"{}", b"0", b"false", b"0.0", b'["s"]')}}
 
 
 @pytest.mark.parametrize("line", LINES.values(), ids=list(LINES))

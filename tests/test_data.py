@@ -13,7 +13,7 @@ import torch
 
 import train_gpt
 from conftest import MemoryLog, make_config, texts, train_in_process
-from data import fineweb, shards, stdlib, text
+from data import fineweb, pairs, shards, stdlib, text
 from data.shards import prepare, read_shard, saved_encoding
 from loader import TokenData
 
@@ -112,6 +112,9 @@ def test_fineweb_fetches_what_is_missing_and_writes_meta(tmp_path, monkeypatch):
     (tmp_path / "fw" / "fineweb_train_000001.bin").write_bytes((tmp_path / "fw" / "fineweb_train_000001.bin").read_bytes()[:-1] + b"\0")
     with pytest.raises(ValueError, match="sha256"):
         TokenData(make_config(str(tmp_path / "fw")))
+    (tmp_path / "fw" / "meta.json").write_text("{}")
+    with pytest.raises(SystemExit, match="^error: .*meta.json: .* written by something else; remove meta.json and run this again, which keeps the shards$"):
+        fineweb.main(["--shards", "2", "--out", str(tmp_path / "fw")])
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -128,6 +131,7 @@ def test_fineweb_fetches_what_is_missing_and_writes_meta(tmp_path, monkeypatch):
     (["--source", "{d}/ok.txt", "--tokenizer", "gpt9"], "neither a file of ranks nor one of tiktoken's"),
     (["--source", "{d}/ok.txt", "--tokenizer", "{d}/ok.txt"], "ok.txt, line 1"),
     (["--source", "{d}/ok.txt", "--tokenizer", "{d}/big.tiktoken"], "at most 65536"),
+    (["--source", "{d}/ok.txt", "--tokenizer", "{d}/holes.tiktoken"], "holes.tiktoken: no rank for the byte 101"),
     (["--source", "{d}/ok.txt", "--vocab-size", "300", "--val-fraction", "1"], "between 0 and 1"),
 ])
 def test_bad_sources_are_one_line_and_leave_nothing_half_made(tmp_path, monkeypatch, argv, message):
@@ -138,9 +142,49 @@ def test_bad_sources_are_one_line_and_leave_nothing_half_made(tmp_path, monkeypa
         (tmp_path / name).write_bytes(content)
     if "big.tiktoken" in argv[-1]:
         ranks_file(tmp_path / "big.tiktoken", [b"%05d!" % i for i in range(65536)])
+    (tmp_path / "holes.tiktoken").write_bytes(ranks_file(tmp_path / "holes.tiktoken").read_bytes().replace(b"ZQ== 101\n", b""))  # no e
     with pytest.raises(SystemExit) as e:
         text.main([a.replace("{d}", str(tmp_path)) for a in argv] + ["--out", str(tmp_path / "out")])
-    assert message in str(e.value) and "\n" not in str(e.value) and not (tmp_path / "out").exists()
+    assert message in str(e.value) and "\n" not in str(e.value) and not list(tmp_path.glob("out*"))
+
+
+def test_the_tokenizer_of_a_data_folder_must_be_as_its_meta_says(tmp_path, data_path):
+    """Whoever gives it: text.py, pairs.py, or a run on shards of another project. Gaps among the ranks are p50k_base's too."""
+    gaps = ranks_file(tmp_path / "gaps.tiktoken", [b"th"])
+    gaps.write_bytes(gaps.read_bytes().replace(b" 256", b" 260"))
+    assert shards.load_tokenizer(str(gaps)).encode_ordinary("the") == [260, 101]
+    shutil.copytree(data_path, tmp_path / "d")
+    (tmp_path / "a.txt").write_text("a text of one document " * 50)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"paraphrases": ["a", "b"]}) + "\n")
+    (tmp_path / "f").mkdir()
+    cfg, file = make_config(foreign(tmp_path / "f"), tokenizer=str(tmp_path / "d" / "tokenizer.tiktoken")), tmp_path / "d" / "tokenizer.tiktoken"
+    makes = [lambda: text.main(["--source", str(tmp_path / "a.txt"), "--tokenizer", str(file), "--out", str(tmp_path / "o1")]),
+             lambda: pairs.main(["--train", str(tmp_path / "a.jsonl"), "--test", str(tmp_path / "a.jsonl"), "--tokenizer", str(file), "--out", str(tmp_path / "o2")]),
+             lambda: TokenData(cfg)]
+    for make in makes:
+        make()
+    shutil.rmtree(tmp_path / "o1"), shutil.rmtree(tmp_path / "o2")
+    assert not (tmp_path / "d" / "tokenizer.tiktoken.sha256").exists()  # meta.json has it
+    lines = file.read_bytes().splitlines(True)
+    lines[-1] = base64.b64encode(b"zzzz") + b" " + lines[-1].split()[1] + b"\n"  # another token: nothing else is wrong with it
+    file.write_bytes(b"".join(lines))
+    for make in makes:
+        with pytest.raises((ValueError, SystemExit), match=r"tokenizer.tiktoken: its sha256 is not the one in meta.json") as e:
+            make()
+        assert "\n" not in str(e.value)
+    assert not list(tmp_path.glob("o[12]*"))
+
+
+def test_what_fails_halfway_leaves_no_folder(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(shards, "write_meta", full)
+    monkeypatch.setattr(pairs, "write_meta", full)
+    for make in (lambda out: shards.prepare(out, "x", lambda: iter(texts()), source="", licence="", val_fraction=0.2, vocab_size=270),
+                 lambda out: pairs.prepare_pairs(out, *[[(1, "pairs", None, ["a", "b"])]] * 2, source="", vocab_size=258)):
+        with pytest.raises(OSError, match="No space"):
+            make(tmp_path / "out")
+        assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path):
@@ -230,7 +274,7 @@ def test_other_bad_data(tmp_path, data_path):
         TokenData(make_config(str(tmp_path / "d")))
     meta = meta_of(tmp_path / "d")
     (tmp_path / "d" / "meta.json").write_text(json.dumps({key: value for key, value in meta.items() if key != "sha256"}))  # as before it had one
-    with pytest.raises(ValueError, match="meta.json: its last key is not the sha256 .*; make the data again"):
+    with pytest.raises(ValueError, match="meta.json: its last key is not the sha256 .*; remove the folder and make the data again"):
         TokenData(make_config(str(tmp_path / "d")))
 
 

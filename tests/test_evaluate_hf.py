@@ -2,6 +2,7 @@
 import contextlib
 import io
 import json
+import re
 import sqlite3
 import sys
 import time
@@ -219,6 +220,38 @@ def test_memory_has_a_limit_and_no_file_takes_what_is_over_it(database, monkeypa
     assert snapshot(database) == before
 
 
+def test_an_endless_result_is_not_parsed(database, monkeypatch):
+    """Rows that end with an error are nobody's result, and reading them takes longer than the query."""
+    parsed = []
+    monkeypatch.setattr(scoring, "SQL_ROW", SimpleNamespace(decode=lambda line: parsed.append(line) or [line]))
+    loads = json.loads
+    monkeypatch.setattr(scoring.json, "loads", lambda line, **more: parsed.append(line) or loads(line, **more))
+    for sql, error in ((ENDLESS + "n FROM t", "interrupted"), ("SELECT n / 0 FROM (SELECT 1 AS n) UNION ALL SELECT abs(-9223372036854775808)", "overflow")):
+        with pytest.raises(sqlite3.Error, match=error):
+            scoring.run_sql(database / "pets" / "pets.sqlite", sql, 0.3)
+    assert [loads(line)[:11] for line in parsed] == ["interrupted", "integer ove"]
+
+
+def test_each_layer_against_writing_holds_alone(database, monkeypatch):
+    """Without the authorizer a query can still write nowhere, not even in memory; nor may a view call what a query may."""
+    file = str(database / "pets" / "pets.sqlite")
+    run = lambda sql: list(scoring.query(file, sql, 5))
+    connection = sqlite3.connect(file)
+    if connection.execute("SELECT count(*) FROM pragma_function_list WHERE name = 'fts5_source_id'").fetchone() == (1,):
+        connection.execute("CREATE VIEW v AS SELECT fts5_source_id()")
+        connection.commit()
+        assert run("SELECT fts5_source_id()")
+        with pytest.raises(sqlite3.Error, match="unsafe use of fts5_source_id"):  # by trusted_schema=OFF
+            run("SELECT * FROM v")
+    connection.close()
+    with pytest.raises(sqlite3.Error, match="not authorized"):
+        run("CREATE TEMP TABLE t (a)")
+    monkeypatch.setattr(scoring, "SQL_ACTIONS", set(range(100)))
+    for sql in ("CREATE TEMP TABLE t (a)", "INSERT INTO pet VALUES ('x', 1)"):  # a temporary one stands in no file that mode=ro opens
+        with pytest.raises(sqlite3.Error, match="readonly"):  # by query_only=ON
+            run(sql)
+
+
 def test_reading_a_database_with_a_write_ahead_log_leaves_no_file(database):
     connection = sqlite3.connect(database / "pets" / "pets.sqlite")
     assert connection.execute("PRAGMA journal_mode=WAL").fetchone() == ("wal",)
@@ -251,13 +284,41 @@ def test_queries_that_only_read_work(database):
     ("SELECT a FROM t WHERE b = ' order by '", False), ("SELECT a FROM t WHERE b = 'it''s order by x'", False), ('SELECT "order by" FROM t', False), ("SELECT [order by] FROM t", False),
     ("SELECT a FROM t -- order by a", False), ("SELECT a /* order by */ FROM t", False), ("SELECT a FROM t WHERE b = ')' ORDER BY (a)", True),
     ("SELECT a FROM t WHERE b IN (SELECT b FROM u WHERE c = '(' ORDER BY b) ORDER BY a", True), ("SELECT a FROM t UNION SELECT b FROM u ORDER BY 1", True),
-    ("SELECT row_number() OVER (ORDER BY a) FROM t", False), ("SELECT reorder, byte FROM t", False)])
+    ("SELECT row_number() OVER (ORDER BY a) FROM t", False), ("SELECT reorder, byte FROM t", False), ("SELECT a FROM t /* ORDER BY a", False)])
 def test_order_matters_where_the_query_orders(sql, ordered):
     assert scoring.is_ordered(sql) == ordered
 
 
+def test_long_texts_are_judged_in_linear_time():
+    """Numbers and queries of a megabyte; where each of n places is looked at n times, 8,000 characters took seconds."""
+    n, began = 10**6, time.monotonic()
+    assert scoring.number_behind_hashes("#### " + " " * n + "x", 0) is None and scoring.number_behind_hashes("#### " + " " * n + "7", 0) == 7
+    assert scoring.is_ordered("SELECT " + "(" * n + "1" + ")" * n + " ORDER BY 1") and not scoring.is_ordered("(" * n + "ORDER BY 1" + ")" * n)
+    for mark in ("[", "'", '"', "`", "/*", "/*/", "('"):
+        scoring.is_ordered(mark * (n // len(mark)))
+        scoring.first_statement(mark * (n // len(mark)))
+    assert time.monotonic() - began < 10
+
+
+@settings(deadline=None)
+@given(st.text(" \n\t-+.,$%/^eE#0123456789x\u00a0", max_size=30))
+def test_a_number_is_what_it_was_with_backtracking(text):
+    end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", text.split("####")[0].split("\n")[0])
+    number = re.match(r"\s*([-+]?)\s*(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
+    assert scoring.number_behind_hashes("####" + text.split("####")[0], 0) == (Decimal(number[1] + number[2]) if number else None)
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["(", ")", " order by ", "order", " by ", "'it''s'", "')'", '"(a"', "[(]", "`)`", "/*)*/", "--(\n", "x"])).map("".join))
+def test_order_is_what_it_was_with_the_innermost_parentheses_removed_again_and_again(sql):
+    bare, inner = re.sub(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/", " x ", sql, flags=re.DOTALL), None
+    while bare != inner:
+        bare, inner = re.sub(r"\([^()]*\)", " ", bare), bare
+    assert scoring.is_ordered(sql) == bool(re.search(r"\border\s+by\b", bare, re.IGNORECASE))
+
+
 @pytest.mark.parametrize("text, statement", [
-    ("SELECT 1", "SELECT 1"), ("SELECT 1;;", "SELECT 1"), ("```sql\nSELECT 1;\n```", "SELECT 1"), ("Here:\n```SQL\nSELECT 1\n``` done; yes", "SELECT 1"), ("```\nSELECT 1", "SELECT 1"),
+    ("SELECT 1 /* ; not closed", "SELECT 1 /* ; not closed"), ("SELECT 1", "SELECT 1"), ("SELECT 1;;", "SELECT 1"), ("```sql\nSELECT 1;\n```", "SELECT 1"), ("Here:\n```SQL\nSELECT 1\n``` done; yes", "SELECT 1"), ("```\nSELECT 1", "SELECT 1"),
     ("SELECT ';' FROM t; DROP TABLE t", "SELECT ';' FROM t"), ("; SELECT 1", "SELECT 1"), ("```sqlite SELECT 1```", "SELECT 1"), ("", ""), (";", ""),
     ("SELECT `a;b` -- c;\nFROM t; x", "SELECT `a;b` -- c;\nFROM t")])
 def test_first_statement(text, statement):
@@ -279,10 +340,12 @@ def test_spider_compares_results(database):
 
 def test_spider_lines_that_cannot_be_judged(database):
     for record, gold, message in (({}, "SELECT 1", 'no "db_id"'), *(({"db_id": name}, "SELECT 1", 'no "db_id"') for name in ("../pets", "..", ".", "", "/etc", "pets/../pets", None, 5, ["pets"])), ({"db_id": "a\0b"}, "SELECT 1", "no database"),
+                                  ({"db_id": "a" * 5000}, "SELECT 1", "no database"), ({"db_id": "a\nb"}, "SELECT 1", "no database"),
                                   ({"db_id": "cats"}, "SELECT 1", r"no database .*cats.sqlite"),
                                   ({"db_id": "pets"}, "SELECT x FROM pet", "its SQL fails on .*pets.sqlite .*no such column")):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as e:
             scoring.answer_of(example("spider", gold, **record), database)
+        assert "\n" not in str(e.value) and len(str(e.value)) < 500
     with pytest.raises(ValueError, match="give --databases"):
         scoring.answer_of(example("spider", "SELECT 1", db_id="pets"))
 

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import tarfile
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -44,6 +45,15 @@ def root(tmp_path, monkeypatch):
     return project(tmp_path, monkeypatch)
 
 
+def artifact_of(size):
+    """An artifact of so many bytes: stored without compression, no tensors and a header of spaces."""
+    blocks = -(-(size - 6) // 65540)
+    content = (size - 6 - 5 * blocks - 8).to_bytes(8, "little") + b"{}".ljust(size - 6 - 5 * blocks - 8)
+    pieces = [content[i:i + 65535] for i in range(0, len(content), 65535)]
+    stored = [bytes([n == len(pieces)]) + len(piece).to_bytes(2, "little") + (65535 - len(piece)).to_bytes(2, "little") + piece for n, piece in enumerate(pieces, 1)]
+    return b"\x78\x01" + b"".join(stored) + zlib.adler32(content).to_bytes(4, "big")
+
+
 def make_run(root, name, seed=1, device="1 x cpu", cpu="Some CPU @ 2.5GHz", source=SOURCE, weights=1000, evaluation=None, test_file="135f85e4", finished=True, smi=SMI + "\n", commit="1234abcd",
              torch="2.13.0", logged=(), **values):
     """logs/<name> as train_gpt.py leaves it; values: settings and results that are not the defaults; logged: (step, seconds) beside step 1. Returns the folder's path as text."""
@@ -69,7 +79,7 @@ def make_run(root, name, seed=1, device="1 x cpu", cpu="Some CPU @ 2.5GHz", sour
     rows.append({"step": result["steps"], "val_loss": result["val_loss"], "val_bpb": result["val_bpb"], "train_time": result["train_seconds"]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "result.json").write_text(json.dumps(result))
-    (folder / "model.int8.zlib").write_bytes(b"w" * weights)
+    (folder / "model.int8.zlib").write_bytes(artifact_of(weights))
     if evaluation:
         (folder / f"evaluation-{test_file}.json").write_text(json.dumps(evaluation))
     return str(folder)
@@ -250,6 +260,12 @@ def test_misuse_of_add_is_one_line(root):
     run = make_run(root, "one", **TRACK["cpu_5min"])
     argv = ["add", run, "--track", "cpu_5min", "--text", "x", "--name"]
     leaderboard.main([*argv, "n"])
+    blob = bytearray((root / "logs" / "one" / "model.int8.zlib").read_bytes())
+    blob[500] ^= 1
+    (root / "logs" / "one" / "model.int8.zlib").write_bytes(blob)
+    with pytest.raises(SystemExit, match="^error: one: model.int8.zlib: a damaged artifact .*; copy it again") as e:
+        leaderboard.main([*argv, "m"])
+    assert "\n" not in str(e.value) and len(list((root / "records" / "cpu_5min").iterdir())) == 1
     (root / "logs" / "one" / "model.int8.zlib").write_bytes(b"")
     with pytest.raises(SystemExit, match="^error: one: artifact_bytes is .*, but 0 of weights"):
         leaderboard.main([*argv, "n"])
