@@ -579,7 +579,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(data_path, tmp_path):
 
 def test_a_log_that_cannot_be_written_is_said_once_and_made_up_for(data_path, tmp_path):
     """The disk is filled to the last byte while the run goes on, and freed again: no line is missing in the end."""
-    fill = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; head -c 100m /dev/zero > logs/filler; sleep 1; rm logs/filler) 2> /dev/null &"
+    fill = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; head -c 100m /dev/zero > logs/filler; sleep 3; rm logs/filler) 2> /dev/null &"
     done, folder = on_a_small_disk(data_path, tmp_path, "4m", "--iterations=600", "--train_log_every=1", prepare=f"true; {fill} true")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert len(re.findall(r"warning: \S+log.txt: No space left on device; the run goes on", done.stdout)) == 1
@@ -590,7 +590,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_made_up_for(data_path, tm
 
 
 def test_a_read_only_disk_costs_checkpoints_and_not_the_run(data_path, tmp_path):
-    lock = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; mount -o remount,ro logs) &"
+    lock = "(while [ ! -s logs/small/metrics.jsonl ]; do sleep 0.1; done; mount --bind logs logs; mount -o remount,bind,ro logs) &"  # as log.txt is open
     done, folder = on_a_small_disk(data_path, tmp_path, "8m", "--iterations=200", "--checkpoint_every=50", prepare=f"true; {lock} true")
     assert "Read-only file system" in done.stdout and done.stdout.splitlines()[-1].startswith("result: "), done.stdout[-2000:] + done.stderr
     assert done.returncode == 1 and "RESUME=logs/small" in done.stderr
