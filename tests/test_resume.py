@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -623,7 +624,7 @@ def test_a_quota_is_a_full_disk(data_path, tmp_path, monkeypatch):
 @pytest.mark.nightly
 def test_soak(data_path, run_id, tmp_path):
     """An hour (SOAK_SECONDS) of training with evaluations, checkpoints, diagnostics and text samples: memory and open files of the last
-    quarter are those of the half before it."""
+    quarter are those of the half before it; of the files the median, since a log may be open at the moment of a look."""
     seconds, driver = float(os.environ.get("SOAK_SECONDS", 3600)), tmp_path / "driver.py"
     driver.write_text(f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -652,6 +653,6 @@ train_gpt.main()
         time.sleep(seconds / 200)
     assert process.wait(timeout=120) == 0
     quarter = len(samples) // 4
-    (memory, files), (later, later_files) = (tuple(max(x) for x in zip(*part)) for part in (samples[quarter:-quarter], samples[-quarter:]))
+    (memory, files), (later, later_files) = ((max(m for m, _ in part), statistics.median(f for _, f in part)) for part in (samples[quarter:-quarter], samples[-quarter:]))
     print(f"memory {memory / 2**20:.1f} -> {later / 2**20:.1f} MiB, open files {files} -> {later_files}, {len(samples)} samples")
     assert later < memory * 1.02 and later_files <= files
