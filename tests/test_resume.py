@@ -630,9 +630,9 @@ def test_soak(data_path, run_id, tmp_path):
 sys.path.insert(0, {str(ROOT)!r})
 import train_gpt
 evaluate, began = train_gpt.evaluate, time.time()
-def sampled(model, eval_fn, data, share, log):
+def sampled(model, eval_fn, data, *rest):
     train_gpt.sample_text(model, data, data.cfg)
-    return evaluate(model, eval_fn, data, share, log)
+    return evaluate(model, eval_fn, data, *rest)
 train_gpt.evaluate = sampled
 progress = train_gpt.run_progress
 def bounded(*arguments):
