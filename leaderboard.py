@@ -188,9 +188,10 @@ def faults(run):
     if not lines or not lines[-1].startswith("result: "):
         return found + [f"{run.name}/log.txt doesn't end with a result: the run did not finish"]
     config, said, artifact = result["config"], dict(re.findall(r"(\w+):(\S+)", lines[-1])), lines[-2:][0].removeprefix("artifact: ").rpartition(" (")[0]
-    parts = [part.splitlines() for part in re.split(f"^{BAR} run\n", "\n".join(lines), flags=re.M)]  # one more for every time it was resumed
-    settings = [[line for line in itertools.takewhile(lambda line: line.startswith("config "), part)] for part in parts]
-    logged = dict(line.removeprefix("config ").partition(": ")[::2] for line in [own for own in settings if own][-1:] for line in line)
+    logged = {}  # settings; of a run that was resumed, those of the last time
+    for part in re.split(f"^{BAR} run\n", "\n".join(lines), flags=re.M):
+        own = itertools.takewhile(lambda line: line.startswith("config "), part.splitlines())
+        logged = dict(line.removeprefix("config ").partition(": ")[::2] for line in own) or logged
     last = ([row for row in map(json.loads, run.files["metrics.jsonl"].splitlines()) if "val_loss" in row] or [{}])[-1]
     loss, bpb, seconds, total = (result[key] for key in ("val_loss", "val_bpb", "train_seconds", "artifact_bytes"))
     for key, value, where, other in (
