@@ -317,7 +317,7 @@ def test_a_run_is_another_one_where_anything_that_makes_it_is(tmp_path, monkeypa
 
 def test_data_made_of_another_place_is_the_same_input(tmp_path):
     made = lambda name, source, code: prepare_pairs(tmp_path / name, *[[(1, "pairs", None, ["a", code])]] * 2, source=source, vocab_size=258)
-    made("here", "/home/a/x.jsonl", "b"), made("there", "/root/x.jsonl", "b"), made("other", "/root/x.jsonl", "c")
+    made("here", "one/x.jsonl", "b"), made("there", "two/x.jsonl", "b"), made("other", "two/x.jsonl", "c")
     here, there, other = (ablate.content(str(tmp_path / name)) for name in ("here", "there", "other"))
     assert here == there != other
 
