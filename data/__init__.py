@@ -1,1 +1,0 @@
-"""One script per data set; shards.py holds the format."""

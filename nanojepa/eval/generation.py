@@ -1,0 +1,85 @@
+"""What a Hugging Face model answers to questions: greedy texts, and choices among letters."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from nanojepa.eval.tasks import LETTERS, TASKS, Question
+from nanojepa.files import progress
+
+
+def generate(model, chat, prompts, limit, **options):
+    """What model.generate() returns for prompts of token ids: greedy, padded on the left."""
+    pad = chat.tokenizer.pad_token_id
+    if pad is None:
+        pad = chat.stop_tokens[0]
+    longest = max(map(len, prompts))
+    missing = [longest - len(prompt) for prompt in prompts]
+    rows = [[pad] * n + prompt for n, prompt in zip(missing, prompts, strict=True)]
+    mask = [[0] * n + [1] * (longest - n) for n in missing]
+    return model.generate(
+        input_ids=torch.tensor(rows, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        do_sample=False,
+        max_new_tokens=limit,
+        use_cache=True,
+        eos_token_id=chat.stop_tokens,
+        pad_token_id=pad,
+        **options,
+    )
+
+
+def letter_probabilities(model, chat, prompts):
+    """How likely each of LETTERS continues a prompt, relative to the others: (N, 4) on the CPU."""
+    letters = [chat.encode(letter)[0] for letter in LETTERS]
+    if len(set(letters)) < len(letters):
+        raise ValueError(
+            f"the tokenizer begins two of the letters A to D with one token ({letters}), so the "
+            "model can't choose; use another task, such as exact"
+        )
+    output = generate(model, chat, prompts, 1, output_logits=True, return_dict_in_generate=True)
+    return output.logits[0][:, letters].float().softmax(-1).cpu()
+
+
+def text_of(chat, tokens):
+    """The text of generated tokens up to the first that stops."""
+    stops = (n for n, token in enumerate(tokens) if token in chat.stop_tokens)
+    tokens = tokens[: next(stops, len(tokens))]
+    # Cleaning up would rewrite " ." as ".".
+    return chat.tokenizer.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+class Prediction(NamedTuple):
+    question: Question
+    text: str
+    likely: torch.Tensor | None = None  # the probability of each letter, if the task chooses
+
+
+@torch.no_grad()
+def predict(model, chat, questions, tokens, batch_size):
+    """Yield lists of Predictions, a batch at a time, the longest prompts first."""
+    prompts = {q.line: chat.prompt(q.system, q.user) for q in questions}
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for line, prompt in prompts.items():
+        if len(prompt) >= window:
+            raise ValueError(
+                f"line {line} of --data: its prompt has {len(prompt)} tokens, the model takes "
+                f"{window}; shorten or remove it"
+            )
+    order = sorted(questions, key=lambda q: -len(prompts[q.line]))
+    kinds = [[q for q in order if TASKS[q.task].chooses == chooses] for chooses in (False, True)]
+    batches = [kind[i : i + batch_size] for kind in kinds for i in range(0, len(kind), batch_size)]
+    for batch in progress(batches, "evaluating"):
+        inputs = [prompts[q.line] for q in batch]
+        if TASKS[batch[0].task].chooses:
+            likely = letter_probabilities(model, chat, inputs)
+            texts = [LETTERS[row.argmax()] for row in likely]
+            yield [Prediction(*both) for both in zip(batch, texts, likely, strict=True)]
+        else:
+            longest = max(map(len, inputs))
+            new = generate(model, chat, inputs, min(tokens, window - longest))[:, longest:]
+            texts = [text_of(chat, row) for row in new.tolist()]
+            yield [Prediction(*both) for both in zip(batch, texts, strict=True)]

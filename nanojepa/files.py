@@ -1,0 +1,202 @@
+"""Files that are written whole or not at all, sealed with their own sha256, or read line by line.
+
+A sealed file is one JSON object whose last key, sha256, is the digest of the text before it. Such
+are meta.json of a data folder, manifest.json of a checkpoint and sha256.json of a model's folder.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+from tqdm import tqdm
+
+LINE_BYTES = 10_000_000  # the longest line of JSON that is read
+SEAL = "sha256.json"
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Decorate a script's main(): what is wrong with a file or a flag ends it with one line."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(f"error: {place}{error.strerror or error}") from None
+
+
+def progress(iterable, desc, total=None):
+    """The iterable, with a progress bar that shows the time that remains."""
+    return tqdm(iterable, desc=desc, total=total, mininterval=0.5)
+
+
+def sha256_file(path):
+    """The sha256 of a file's content, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- written whole
+
+
+def sync_folder(path):
+    """Wait until the names in a folder are on the disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        # Some network file systems cannot sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(folder)
+
+
+def _part_of(path):
+    """Where a file or folder is made that appears whole."""
+    # Two nodes that share a disk may have equal process ids, so the name is random.
+    return Path(f"{path}.part{os.urandom(4).hex()}")
+
+
+def write_whole(path, *chunks):
+    """Write bytes to a file that appears whole or not at all, whatever kills the process."""
+    part = _part_of(path)
+    try:
+        with open(part, "xb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    sync_folder(Path(path).parent)
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """Give a new folder to write into. It becomes `path` at the end, or vanishes on an error."""
+    path = Path(path)
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists: remove it, or choose another --out")
+    part = _part_of(path)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+# ---- sealed
+
+
+def _seal_of(text):
+    """The last key and the closing brace of a sealed object that begins with these bytes."""
+    return b'"sha256": "%s"}' % hashlib.sha256(text).hexdigest().encode()
+
+
+def write_sealed(path, obj):
+    """Write a dict as a sealed file. The dict has no key sha256 of its own."""
+    assert "sha256" not in obj
+    text = json.dumps(obj)[:-1].encode()
+    if obj:
+        text += b", "
+    write_whole(path, text, _seal_of(text))
+
+
+def read_sealed(path):
+    """The dict of a sealed file. ValueError names the file and what is wrong with it."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    text = content[: -len(_seal_of(b""))]
+    if content != text + _seal_of(text):
+        raise ValueError(
+            f"{path}: its last key is not the sha256 of the text before it, "
+            "so it was damaged, or written by something else"
+        )
+    try:
+        obj = json.loads(content)
+        del obj["sha256"]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error})") from None
+    return obj
+
+
+def seal_folder(folder):
+    """Sync every file in a folder, then write their digests to its sha256.json."""
+    folder = Path(folder)
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            digests[path.relative_to(folder).as_posix()] = sha256_file(path)
+    write_sealed(folder / SEAL, digests)
+
+
+def check_seal(folder):
+    """Compare a folder's files with its sha256.json; do nothing if it has none.
+
+    ValueError names a file that is missing or has changed.
+    """
+    folder = Path(folder)
+    if not os.path.lexists(folder / SEAL):
+        return
+    for name, digest in read_sealed(folder / SEAL).items():
+        path = folder / name
+        try:
+            same = sha256_file(path) == digest
+        except OSError as error:
+            raise ValueError(
+                f"{path}: cannot be read ({error.strerror}), but {SEAL} beside it names it; "
+                "fetch or make the folder again"
+            ) from None
+        if not same:
+            raise ValueError(
+                f"{path}: its sha256 is not the one in {SEAL}; fetch or make the folder again, "
+                f"or remove {SEAL} if the file was meant to change"
+            )
+
+
+# ---- lines of JSON
+
+
+def _parse_line(line):
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+
+
+def _refuse_line():
+    raise ValueError(f"longer than {LINE_BYTES:,} bytes")
+
+
+def json_lines(path):
+    """Yield (number, load) of every line of a file that isn't blank.
+
+    load() returns what the line holds, or raises ValueError. Of a line that is too long, no more
+    than LINE_BYTES are ever in memory.
+    """
+    with open(path, "rb") as file:
+        read_line = functools.partial(file.readline, LINE_BYTES + 1)
+        for number, line in enumerate(iter(read_line, b""), 1):
+            if len(line) > LINE_BYTES and not line.endswith(b"\n"):
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(2**16)
+                yield number, _refuse_line
+            elif line.strip():
+                yield number, functools.partial(_parse_line, line)

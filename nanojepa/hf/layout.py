@@ -1,0 +1,226 @@
+"""Records of messages or paraphrases, as the Examples that are trained on.
+
+A record becomes Texts, which know of no objective; the objective makes an Example of them.
+"""
+
+import collections
+import functools
+import itertools
+import multiprocessing
+import os
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+from nanojepa.files import progress
+from nanojepa.hf.chat import remove_thinking
+from nanojepa.objectives.step import find_steps
+from nanojepa.packing import Document, Example, Texts, View
+from nanojepa.records import read_dataset, read_jsonl
+
+
+class Source(NamedTuple):
+    """Where records come from, and the records."""
+
+    name: str
+    records: list
+
+
+class Prepared(NamedTuple):
+    """Examples, the index of each one's record, and a line that counts what was cut or lost."""
+
+    examples: list
+    kept: list
+    summary: str
+
+
+# ---- one record
+
+
+def lay_out(record, chat, data, objective=None):
+    """The Example of a record, or None if max_length leaves no label of it.
+
+    data: the settings of the section dataset. Without an objective there is no term.
+    """
+    texts = paraphrases(record, chat, data) if is_group(record) else messages(record, chat, data)
+    if texts is None:
+        return None
+    return Example(texts.documents) if objective is None else objective.layout(texts)
+
+
+def is_group(record):
+    return record.kind == "groups"
+
+
+def paraphrases(record, chat, data):
+    """The Texts of a group: each text is a document of its own, and means the same as the next."""
+    texts = [chat.encode(text)[: data.max_length - 2] for text in record.views]
+    end = chat.tokenizer.eos_token_id
+    views = [View([chat.start, *text], 1, [end], n) for n, text in enumerate(texts)]
+    return Texts(
+        [Document([chat.start, *text, end], range(1, len(text) + 2)) for text in texts],
+        meaning=list(itertools.pairwise(views)),
+        regions=[((n, 1), (n, len(text))) for n, text in enumerate(texts)],
+        longest=data.max_length,
+    )
+
+
+def messages(record, chat, data):
+    """The Texts of a conversation, whose answer is trained; None if max_length leaves no label."""
+    user, assistant = record.views
+    if data.remove_thinking:
+        assistant = remove_thinking(assistant)
+        if not assistant:
+            raise ValueError(
+                "remove_thinking leaves nothing of the assistant's text; mend it, or set "
+                "dataset.remove_thinking: false"
+            )
+    turns = chat.conversation(record.system, user, assistant)
+    trunk = turns.tokens[: data.max_length]
+    labels = range(1 if data.train_all else turns.assistant[0], len(trunk))
+    if not labels:
+        return None
+    last = min(turns.assistant[-1], len(trunk) - 1)
+    return Texts(
+        [Document(trunk, labels)],
+        meaning=meaning(chat, turns, user, assistant, data.views),
+        regions=[((0, turns.user[0]), (0, last))],
+        longest=data.max_length,
+        steps=functools.partial(first_steps, chat, turns),
+    )
+
+
+def meaning(chat, turns, user, assistant, views):
+    """The pair of Views of a conversation: the user's text, and the assistant's.
+
+    It is a generator, since most objectives need no views, and a template may refuse them.
+    """
+    if views == "prefix":
+        a = View(turns.tokens[: turns.user.stop], turns.user[0], turns.user_tail, document=0)
+        answer = turns.tokens[turns.assistant.start : turns.assistant.stop]
+        yield a, View([chat.start, *answer], 1, turns.assistant_tail)
+        return
+    a, b = chat.alone("user", user), chat.alone("assistant", assistant)
+    # A conversation that begins with view A encodes it anyway.
+    begins = turns.tokens[: len(a.tokens)] == a.tokens
+    yield (
+        View(a.tokens[: a.user.stop], a.user[0], a.user_tail, document=0 if begins else None),
+        View(b.tokens[: b.assistant.stop], b.assistant[0], b.assistant_tail),
+    )
+
+
+def first_steps(chat, turns):
+    """The Views of the first two steps of the assistant's text, [] if it has fewer.
+
+    Each step keeps the blank line that ends it. Step 1 is a part of the conversation.
+    """
+    ends = find_steps(turns.said)
+    if ends is None:
+        return []
+    _, (first,) = chat.encode_places(turns.said, [(0, ends.first)])
+    begin = turns.assistant[0]
+    second = chat.encode(turns.said[ends.first : ends.second])
+    return [
+        View(turns.tokens[: begin + first.stop], begin, document=0),
+        View([chat.start, *second], 1),
+    ]
+
+
+# ---- all records
+
+
+def read_records(name, data, split, limit):
+    """The records of a JSON-lines file or a Hugging Face dataset, at most `limit` (0: all)."""
+    if Path(name).is_file():
+        records = read_jsonl(name, limit=limit or None)
+    else:
+        records = read_dataset(
+            name, data.config_name, split, limit=limit or None, cache_dir=data.cache_dir
+        )
+    if is_group(records[0]) and not (data.plain and data.train_all):
+        raise ValueError(
+            f"{name}: paraphrases have no user and assistant; give dataset.plain and train_all "
+            "(--plain --trainall)"
+        )
+    return records
+
+
+def read_sources(data):
+    """{"train": Source, "eval": Source}; the latter may have no records."""
+    split = data.train_split or "train"
+    if data.data_file:
+        records = read_records(data.data_file, data, split, 0)
+        random.Random(data.split_seed).shuffle(records)
+        size = round(data.eval_split * len(records))
+        train = Source(data.data_file, records[size:][: data.max_items or None])
+        evaluated = Source(data.data_file, records[:size][: data.max_eval_items or None])
+    else:
+        train = Source(data.train_file, read_records(data.train_file, data, split, data.max_items))
+        evaluated = Source(data.eval_file, [])
+        if data.eval_file:
+            records = read_records(data.eval_file, data, "test", data.max_eval_items)
+            evaluated = Source(data.eval_file, records)
+    return {"train": train, "eval": evaluated}
+
+
+def prepare(source, chat, data, objective=None):
+    """The Prepared records of a Source; ValueError names the line of a record that can't be."""
+    task = functools.partial(
+        lay_out_line, name=source.name, chat=chat, data=data, objective=objective
+    )
+    count = len(source.records)
+    most = data.tokenize_num_proc or min(os.cpu_count(), -(-count // 1000))
+    examples = run_in_processes(
+        task,
+        source.records,
+        min(count, most),
+        data.tokenize_batch_size,
+        f"tokenising {source.name}",
+    )
+    kept = [n for n, example in enumerate(examples) if example is not None]
+    if not kept:
+        raise ValueError(
+            f"{source.name}: no example has a label left; "
+            f"raise dataset.max_length={data.max_length}"
+        )
+    whole = [examples[n] for n in kept]
+    return Prepared(whole, kept, summarize(source.name, whole, count - len(kept), data.max_length))
+
+
+def lay_out_line(record, name, **options):
+    try:
+        return lay_out(record, **options)
+    except ValueError as e:
+        raise ValueError(f"{name}, line {record.line}: {e}") from None
+
+
+def run_in_processes(task, items, processes, chunk, desc):
+    """[task(item) for item in items], in this process if `processes` is 1."""
+    if processes == 1:
+        return list(map(task, progress(items, desc)))
+    # The task goes to each process once, not with every chunk: it holds a tokenizer.
+    with multiprocessing.Pool(processes, set_task, [task]) as pool:
+        results = pool.imap(run_task, items, chunk)
+        return list(progress(results, desc, total=len(items)))
+
+
+def set_task(task):
+    run_task.task = task
+
+
+def run_task(item):
+    return run_task.task(item)
+
+
+def summarize(name, examples, dropped, max_length):
+    """A line that counts examples and their tokens, and what was cut, dropped or has no term."""
+    tokens = sum(len(document) for example in examples for document in example.documents)
+    parts = [f"{name}: {len(examples):,} examples, {tokens / len(examples):.1f} tokens on average"]
+    cut = sum(any(len(d.trunk) == max_length for d in e.documents) for e in examples)
+    if cut:
+        parts.append(f"{cut:,} as long as max_length, or cut to it")
+    if dropped:
+        parts.append(f"{dropped:,} dropped: no label left by max_length")
+    reasons = collections.Counter(e.no_term for e in examples if e.no_term)
+    parts += [f"{n:,} without a JEPA term: {reason}" for reason, n in sorted(reasons.items())]
+    return "; ".join(parts)

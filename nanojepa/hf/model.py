@@ -1,0 +1,334 @@
+"""Hugging Face causal LMs: loading one, and the losses of a packed batch in its forward pass.
+
+The objective is a submodule of the model, and its loss is computed in the model's own forward, so
+that the optimizer, checkpoints, DDP and FSDP2 know its weights.
+
+Shapes: R rows of T tokens, N pairs of views, D width, V vocabulary.
+"""
+
+import contextlib
+import types
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from nanojepa.files import check_seal
+from nanojepa.hf.settings import DTYPES
+from nanojepa.objectives import OBJECTIVES, Options
+from nanojepa.packing import Document, Example, pack_rows, tree_mask
+from nanojepa.tokenizer import one_line
+from nanojepa.weights import OBJECTIVE_FILE, load_tensors
+
+FLEX = "flex_attention"
+OBJECTIVE = "jepa_objective"  # its name in the model
+# As jepa-llm has them; of a model with other names, all linear layers.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the objective in it, None without a term."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    objective: torch.nn.Module | None = None
+
+
+class Sums(NamedTuple):
+    """Of a micro-batch: cross entropy over its labels; the term over its pairs, None without."""
+
+    ce: torch.Tensor
+    term: torch.Tensor | None
+
+
+@contextlib.contextmanager
+def loading(what):
+    """Turn whatever a library raises about a file or folder into a ValueError that names it.
+
+    Libraries raise many kinds: there is no such name, no network, a file is cut off, an
+    architecture is unknown here.
+    """
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{what}: cannot be loaded ({one_line(e)})") from None
+
+
+# ---- loading
+
+
+def load_model(cfg):
+    """The Loaded model of these settings, ready to be trained."""
+    m, t = cfg.model, cfg.training
+    check_seal(m.name)
+    options = {"cache_dir": m.cache_dir or None, "trust_remote_code": m.trust_remote_code}
+    with loading(f"model.name={m.name}"):
+        tokenizer = AutoTokenizer.from_pretrained(m.name, **options)
+        config = AutoConfig.from_pretrained(m.name, **options)
+        kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+        attention = choose_attention(kind, m.attn_implementation, cfg.dataset.max_length)
+        options |= {
+            # Weights that are trained are float32; frozen ones need no such precision.
+            "dtype": DTYPES[t.dtype] if m.use_lora and not m.pretrain else torch.float32,
+            "attn_implementation": dense_attention(kind) if attention == FLEX else attention,
+        }
+        if m.pretrain:
+            del options["cache_dir"]
+            model = AutoModelForCausalLM.from_config(config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(m.name, **options)
+    check_layers(config.get_text_config(), cfg.dataset.max_length + cfg.dataset.predictors)
+    model.config.use_cache = False
+    preds = add_pred_tokens(tokenizer, model, cfg.dataset.predictors)
+    objective = make_objective(cfg, model, preds, m.name)
+    add_losses(model, objective)
+    check_packing(model)
+    if attention == FLEX:
+        # After the check, since it is compiled for the device that trains.
+        model.set_attn_implementation(FLEX)
+    # FSDP2 has activation checkpointing of its own.
+    if cfg.recomputes and not t.fsdp:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if m.use_lora:
+        model = add_lora(model, m.lora_rank, preds, objective)
+    return Loaded(model, tokenizer, objective)
+
+
+def open_model(name, dtype, trust_remote_code=False):
+    """The Loaded model of a folder or a name on the hub, to be evaluated.
+
+    A LoRA adapter is merged into its base. The folder's generation settings are left out: they may
+    sample, or punish repetition.
+    """
+    check_seal(name)
+    adapter = (Path(name) / "adapter_config.json").is_file()
+    # peft's class resizes the base's embedding to the tokenizer.
+    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    with loading(f"--model {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = model.merge_and_unload() if adapter else model
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.generation_config = GenerationConfig()
+    return Loaded(model, tokenizer)
+
+
+def choose_attention(kind, asked, max_length):
+    """The attn_implementation of a class of models."""
+    if asked != "auto":
+        return asked
+    flex = torch.cuda.is_available() and getattr(kind, "_supports_flex_attn", False)
+    # Short rows waste little on a dense mask.
+    return FLEX if flex and max_length > 1024 else dense_attention(kind)
+
+
+def dense_attention(kind):
+    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+
+
+def check_layers(config, length):
+    """ValueError if a layer has an attention pattern of its own, which the tree mask replaces.
+
+    length: tokens of the longest document.
+    """
+    kinds = set(getattr(config, "layer_types", None) or [])
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in kinds
+    if not kinds:
+        slides = getattr(config, "use_sliding_window", True)
+    if window and slides and window < length:
+        raise ValueError(
+            f"{config.model_type} has layers with a sliding window of {window} tokens, which the "
+            "tree mask would replace; lower dataset.max_length so that it and the [PRED] tokens fit"
+        )
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        raise ValueError(
+            f"{config.model_type} has layers of {', '.join(sorted(other))}: they mix tokens of a "
+            "row without the tree mask; choose a model of full attention"
+        )
+
+
+def add_pred_tokens(tokenizer, model, count):
+    """The ids of <|predictor_1|>.. <|predictor_count|>.
+
+    A new token's embedding is the mean of all embeddings.
+    """
+    names = pred_names(count)
+    known = tokenizer.get_vocab()
+    new = [name for name in names if name not in known]
+    tokenizer.add_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in new], special_tokens=True
+    )
+    ids, new = tokenizer.convert_tokens_to_ids(names), tokenizer.convert_tokens_to_ids(new)
+    if ids and max(ids) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if new:
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table = layer.weight
+                table[new] = table[: min(new)].float().mean(0).to(table.dtype)
+    return ids
+
+
+def pred_names(count):
+    return [f"<|predictor_{n}|>" for n in range(1, count + 1)]
+
+
+def add_lora(model, rank, preds, objective):
+    """The model with LoRA adapters; the [PRED] tokens and the objective are trained whole."""
+    names = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()}
+    table = model.get_input_embeddings()
+    embedding = next(name for name, module in names.items() if module is table)
+    has_weights = objective is not None and list(objective.parameters())
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.1,
+        bias="none",
+        target_modules=[name for name in LORA_TARGETS if name in names] or "all-linear",
+        modules_to_save=[OBJECTIVE] if has_weights else None,
+        trainable_token_indices={embedding: preds} if preds else None,
+    )
+    return get_peft_model(model, config)
+
+
+# ---- the forward pass
+
+
+class CausalLM:
+    """A Hugging Face model as an objective sees it; our GPT has the same three methods.
+
+    The states are those that the head gets: after the last norm, as hidden_states[-1].
+    """
+
+    def __init__(self, model):
+        self.model, self.forward = model, model.forward
+
+    def states(self, idx, positions=None, ends=None):
+        """The states (R, T, D) of tokens idx (R, T); positions and ends as in a packed Batch."""
+        mask = None
+        if ends is not None:
+            kind = idx.device.type
+            autocast = torch.is_autocast_enabled(kind)
+            dtype = torch.get_autocast_dtype(kind) if autocast else self.model.dtype
+            mask = attention_mask(self.model, ends, dtype)
+        body = self.model.base_model
+        return body(
+            input_ids=idx, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+
+    def embed(self, idx):
+        """The embeddings (..., D) of tokens idx (...)."""
+        return self.model.get_input_embeddings()(idx)
+
+    def logits(self, states):
+        """The logits (..., V) of states (..., D), by all that the model's own forward does to them.
+
+        Some models scale or cap them. So its forward is run on a body that returns these states.
+        """
+        body = self.model.base_model
+        output = MoeModelOutputWithPast(last_hidden_state=states.reshape(1, -1, states.size(-1)))
+        with mock.patch.object(body, "forward", lambda *_, **__: output):
+            return self.forward().logits.view(*states.shape[:-1], -1)
+
+
+def make_objective(cfg, model, preds, folder):
+    """The Objective that the settings ask for, or None; with the weights that a folder has of it.
+
+    folder: a saved model's.
+    """
+    if not cfg.objective:
+        return None
+    t = cfg.training
+    options = Options(
+        width=model.get_output_embeddings().weight.size(1),
+        distance=cfg.distance,
+        normed=False,  # the states have passed the last norm already
+        predictor="linear" if t.linear_predictor else "identity",
+        preds=tuple(preds),
+        front=t.front_pred,
+        reverse=t.reverse_pred,
+        last_token=t.last_token,
+    )
+    objective, file = OBJECTIVES[cfg.objective](options), Path(folder) / OBJECTIVE_FILE
+    if objective.state_dict() and file.is_file():
+        with loading(file):
+            objective.load_state_dict(load_tensors(file))
+    return objective.to(model.device)
+
+
+def add_losses(model, objective):
+    """Put an objective (or None) into the model, and let model(batch=Batch) return Sums."""
+    lm = CausalLM(model)
+    setattr(model, OBJECTIVE, objective)
+
+    def forward(self, *args, batch=None, **inputs):
+        if batch is None:
+            return lm.forward(*args, **inputs)
+        states = lm.states(batch.idx, batch.positions, batch.ends)
+        targets = batch.targets.flatten()
+        # The head is applied only where there is a target.
+        labels = (targets >= 0).nonzero()[:, 0]
+        logits = lm.logits(states.flatten(0, 1)[labels])
+        ce = F.cross_entropy(logits.float(), targets[labels], reduction="sum")
+        if batch.drawn is None:
+            return Sums(ce, None)
+        return Sums(ce, getattr(self, OBJECTIVE).loss(lm, batch, states, batch.drawn))
+
+    model.forward = types.MethodType(forward, model)
+
+
+def attention_mask(model, ends, dtype):
+    """What the model's attention takes for packed rows, whose ends are (R, T).
+
+    A BlockMask for FlexAttention; otherwise an additive mask (R, 1, T, T), which is right under
+    sdpa and eager (a boolean one is wrong under eager).
+    """
+    if model.config._attn_implementation == FLEX:
+        return tree_mask(ends, flex=True)
+    visible = tree_mask(ends, flex=False)
+    mask = torch.zeros(visible.shape, dtype=dtype, device=ends.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)
+
+
+@torch.no_grad()
+def check_packing(model):
+    """ValueError if a packed document doesn't get the logits that it has alone.
+
+    Whatever the reason is, training would go wrong.
+    """
+    documents = [Document([*range(7)], branch=[7, 8], fork=3), Document([*range(9, 14)])]
+    batch = pack_rows([Example(documents)], filler=0).to(model.device)
+    # The row is trunk[:4], the branch, trunk[4:], the second document.
+    paths = [0, 1, 2, 3, 6, 7, 8], [0, 1, 2, 3, 4, 5], [9, 10, 11, 12, 13]
+    kind, lm, was_training = model.config.model_type, CausalLM(model), model.training
+    model.eval()
+    try:
+        packed = lm.logits(lm.states(batch.idx, batch.positions, batch.ends))
+    except Exception as e:  # a model of another kind fails in its own way
+        raise ValueError(
+            f"{kind} doesn't take rows with a mask and positions of their own "
+            f"({one_line(e)}); choose another model"
+        ) from None
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    for columns in paths:
+        alone = model(input_ids=batch.idx[:1, columns], use_cache=False).logits
+        # Written so that NaN is refused too.
+        if not (packed[:1, columns] - alone).norm() <= tolerance * alone.norm():
+            raise ValueError(
+                f"{kind} doesn't give a packed document the logits it has alone (its attention or "
+                "its positions follow rules of their own); choose another model"
+            )
+    model.train(was_training)

@@ -1,0 +1,307 @@
+"""A fine-tuning run from its settings to its result; main() is the command jepa-llm."""
+
+import functools
+import importlib.util
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+import yaml
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import TrainingArguments, set_seed
+
+from nanojepa.files import one_line_errors, progress, write_whole
+from nanojepa.hf.chat import Chat
+from nanojepa.hf.export import cut_metrics, find_checkpoint, save_model, step_of
+from nanojepa.hf.layout import Source, prepare, read_sources
+from nanojepa.hf.model import (
+    CausalLM,
+    check_layers,
+    check_packing,
+    load_model,
+    make_objective,
+    pred_names,
+)
+from nanojepa.hf.settings import ALIASES, Config, Training
+from nanojepa.hf.trainer import JepaTrainer
+from nanojepa.objectives import OBJECTIVES, StepRandom
+from nanojepa.packing import pack_rows
+from nanojepa.runlog import describe_machine, project_sources
+from nanojepa.settings import as_dict, load_settings, non_defaults
+
+USAGE = "Fine-tune a Hugging Face causal LM with next-token cross entropy and a JEPA term."
+
+
+class EncodedViews(NamedTuple):
+    """View A and view B (N, D), float32 on the CPU, and the index of each pair's record (N,)."""
+
+    u: torch.Tensor
+    v: torch.Tensor
+    group: torch.Tensor
+
+
+@one_line_errors()
+@record
+def main(argv=None, usage=USAGE):
+    loaded = load_settings(Config, argv, aliases=ALIASES, description=usage)
+    run(loaded.config, loaded.origin)
+
+
+def run(cfg, origin):
+    """Train; returns the result, a flat dict, which is also written to result.json."""
+    began, folder = time.perf_counter(), Path(cfg.training.output_dir)
+    check_run(cfg, folder)
+    first = os.environ.get("RANK", "0") == "0"
+    say = functools.partial(print, flush=True) if first else lambda line: None
+    resume = find_checkpoint(folder, cfg.training.resume, say)
+    start = step_of(resume) if resume else 0
+    for line in non_defaults(cfg, origin):
+        say(line)
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)  # a run resumed is the run uninterrupted
+    trainer = make_trainer(cfg, say)
+    if first:
+        open_folder(folder, cfg, origin, start)
+    outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    train_seconds = outcome.metrics["train_runtime"] - trainer.eval_seconds
+    history, steps = trainer.state.log_history, trainer.state.global_step
+    evaluated = any("eval_loss" in line and line["step"] == steps for line in history)
+    if trainer.eval_dataset and not evaluated:
+        trainer.evaluate()
+    save_model(trainer)
+    speed = outcome.metrics["train_samples_per_second"]  # the time of evaluations counted
+    result = {
+        **summarize_losses(history, outcome.training_loss),
+        "steps": steps,
+        "resumed_from": start,
+        "examples": len(trainer.train_dataset),
+        "examples_per_second": speed * outcome.metrics["train_runtime"] / train_seconds,
+        "train_seconds": train_seconds,
+        "seconds": round(time.perf_counter() - began, 1),
+        "total_flops": trainer.state.total_flos,
+        "seed": cfg.general.finetune_seed,
+    }
+    if torch.cuda.is_available():
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if first:
+        write_whole(folder / "result.json", (json.dumps(result) + "\n").encode())
+    say(f"result: {json.dumps(result)} -> {folder}")
+    return result
+
+
+def check_run(cfg, folder):
+    """ValueError if this run can't be started here."""
+    t, cuda = cfg.training, torch.cuda.is_available()
+    if bool(cfg.dataset.train_file) == bool(cfg.dataset.data_file):
+        raise ValueError("give either dataset.train_file or dataset.data_file")
+    if t.fsdp and not cuda:
+        raise ValueError("training.fsdp: needs CUDA; leave it out")
+    if t.dtype == "fp16" and not cuda:
+        raise ValueError("training.dtype=fp16: needs CUDA; choose bf16 or float32")
+    if (folder / "result.json").exists():
+        raise ValueError(
+            f"training.output_dir={folder} holds a finished run; choose another, or remove it"
+        )
+
+
+def open_folder(folder, cfg, origin, start):
+    """Write config.yaml and environment.json; leave in metrics.jsonl what comes before `start`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "config.yaml", yaml.safe_dump(as_dict(cfg), sort_keys=False).encode())
+    machine = describe_machine(project_sources(Path(__file__).parents[2]))
+    machine |= {"transformers": transformers.__version__, "origin": origin}
+    file, starts = folder / "environment.json", []
+    if start and file.exists():
+        starts = json.loads(file.read_text())
+    write_whole(file, json.dumps([*starts, {"step": start, **machine}], indent=1).encode())
+    cut_metrics(folder / "metrics.jsonl", start)
+
+
+def summarize_losses(history, mean_loss):
+    """The mean training loss of a log, and the last value of each loss; mean_loss: without any."""
+    training = [line["loss"] for line in history if "ce_loss" in line]
+    losses = {"train_loss": sum(training) / len(training) if training else mean_loss}
+    names = ("ce_loss", "jepa_loss", "eval_loss", "eval_jepa_loss")
+    for line in history:
+        losses |= {name: line[name] for name in names if name in line}
+    return losses
+
+
+# ---- a trainer
+
+
+def make_trainer(cfg, say=print):
+    """The JepaTrainer of a Config, with its model and its packed examples."""
+    set_seed(cfg.general.finetune_seed)
+    sources = read_sources(cfg.dataset)
+    model, tokenizer, objective = load_model(cfg)
+    chat, examples = Chat(tokenizer, cfg.dataset.plain), {"eval": []}
+    for name, source in sources.items():
+        if source.records:
+            examples[name], _, summary = prepare(source, chat, cfg.dataset, objective)
+            say(f"{name}: {summary}")
+    if "train" not in examples:
+        raise ValueError("no training examples")
+    if objective is not None and all(example.no_term for example in examples["train"]):
+        raise ValueError(
+            "no training example has a JEPA term; choose training.regular, or other data"
+        )
+    for example in examples["train"][: 2 if cfg.general.debug else 0]:
+        show(example, tokenizer, say)
+    for line in notes(cfg, chat, objective):
+        say(line)
+    trainer = JepaTrainer(
+        cfg,
+        chat,
+        objective,
+        model=model,
+        args=training_arguments(cfg, bool(examples["eval"])),
+        train_dataset=examples["train"],
+        eval_dataset=examples["eval"],
+        processing_class=tokenizer,
+    )
+    if cfg.training.same_flop and objective is not None:
+        say(trainer.limit_flops())
+    return trainer
+
+
+def notes(cfg, chat, objective):
+    """What a user may not expect of these settings, line by line."""
+    t = cfg.training
+    if objective is not None and objective.options.last_token != t.last_token:
+        yield "last_token: no effect; this objective's views close no turn to count from"
+    if chat.prompt_differs:
+        yield (
+            "the template's generation prompt is not what precedes the assistant's text in a "
+            "conversation; generate from the latter, as evaluate.py does"
+        )
+    if t.memory_efficient and cfg.distance == "infonce":
+        yield "memory_efficient: infonce needs a micro-batch's views at once, so it stays whole"
+    if t.optimizer != (name := optimizer_name(t.optimizer)):
+        yield f"optimizer: {name}, since {t.optimizer} needs CUDA and bitsandbytes"
+
+
+def optimizer_name(name):
+    """The optimizer, or one that runs here."""
+    has_8bit = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")
+    return name if has_8bit or "8bit" not in name else "adamw_torch_fused"
+
+
+def show(example, tokenizer, say):
+    """Print what of an example is encoded, trained, and compared."""
+    for n, document in enumerate(example.documents):
+        labels = [document.trunk[i] for i in document.loss_on]
+        say(
+            f"document {n}: {tokenizer.decode(document.trunk)!r}; "
+            f"labels {tokenizer.decode(labels)!r}; "
+            f"branch after token {document.fork}: {tokenizer.decode(document.branch)!r}"
+        )
+    say(f"pairs (document, token): {example.pairs}")
+
+
+def training_arguments(cfg, evaluates):
+    """The TrainingArguments of a Config."""
+    g, t = cfg.general, cfg.training
+    if g.use_wandb:
+        set_wandb_environment(g)
+    cuda = torch.cuda.is_available()
+    sharding = {}
+    if t.fsdp:
+        sharding["fsdp"] = True
+        sharding["fsdp_config"] = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "state_dict_type": "FULL_STATE_DICT",
+            "activation_checkpointing": cfg.recomputes,
+        }
+    args = TrainingArguments(
+        output_dir=t.output_dir,
+        per_device_train_batch_size=t.batch_size,
+        per_device_eval_batch_size=t.batch_size,
+        gradient_accumulation_steps=t.grad_accum,
+        learning_rate=t.learning_rate,
+        num_train_epochs=t.num_epochs,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=t.eval_steps,
+        save_strategy="steps" if t.save_steps else "epoch",
+        save_steps=t.save_steps or 500,
+        save_total_limit=t.save_total_limit,
+        logging_steps=t.logging_steps,
+        bf16=t.dtype == "bf16",
+        fp16=t.dtype == "fp16",
+        optim=optimizer_name(t.optimizer),
+        seed=g.finetune_seed,
+        data_seed=g.finetune_seed,
+        use_cpu=not cuda,
+        ddp_backend=None if cuda or "RANK" not in os.environ else "gloo",
+        # A step that drops the term leaves the objective's weights unused.
+        ddp_find_unused_parameters=0 < cfg.ratio < 1,
+        remove_unused_columns=False,
+        report_to=["wandb"] if g.use_wandb else [],
+        run_name=g.wandb_run_name or Path(t.output_dir).name,
+        **sharding,
+    )
+    # Without torchrun one GPU is used: the Trainer would cut a packed batch among all of them.
+    args._n_gpu = min(1, args.n_gpu)
+    return args
+
+
+def set_wandb_environment(general):
+    """Tell Weights & Biases what the settings say."""
+    values = {
+        "PROJECT": general.wandb_project,
+        "ENTITY": general.wandb_entity,
+        "RUN_GROUP": general.wandb_group,
+        "TAGS": general.wandb_tags,
+        "MODE": general.wandb_mode,
+    }
+    os.environ.update({f"WANDB_{name}": value for name, value in values.items() if value})
+
+
+# ---- a trained model's views
+
+
+@torch.no_grad()
+def views_of(model, chat, folder, records, batch_size):
+    """The EncodedViews of records, by a model and the settings of the run that left it in a folder.
+
+    The model is as open_model() gives it.
+    """
+    cfg, tokenizer = pair_settings(folder, chat.plain), chat.tokenizer
+    predictors = cfg.dataset.predictors
+    check_layers(model.config.get_text_config(), cfg.dataset.max_length + predictors)
+    check_packing(model)
+    preds = tokenizer.convert_tokens_to_ids(pred_names(predictors))
+    objective = make_objective(cfg, model, preds, folder)
+    source = Source(Path(folder).name, records)
+    examples, kept, summary = prepare(source, chat, cfg.dataset, objective)
+    print(summary, flush=True)
+    lm, found = CausalLM(model), []
+    for first in progress(range(0, len(examples), batch_size), desc="encoding"):
+        batch = pack_rows(examples[first : first + batch_size], tokenizer.eos_token_id)
+        group = first + batch.group[batch.weight > 0]
+        batch.drawn = objective.draw(batch, StepRandom(0, 0, batch.items, batch.total_items))
+        batch = batch.to(model.device)
+        states = lm.states(batch.idx, batch.positions, batch.ends)
+        views = objective.views(lm, batch, states, batch.drawn)
+        counted = batch.drawn["weight"] > 0
+        found.append((views.u[counted].cpu(), views.v[counted].cpu(), torch.tensor(kept)[group]))
+    return EncodedViews(*map(torch.cat, zip(*found, strict=True)))
+
+
+def pair_settings(folder, plain):
+    """The settings of the run that left a folder, with an objective that has views of two texts.
+
+    If it had none, the views are those of the default objective.
+    """
+    file, cfg = Path(folder) / "config.yaml", Config()
+    if file.is_file():
+        cfg = load_settings(Config, ["--config", str(file)], aliases=ALIASES).config
+    if not cfg.objective or not OBJECTIVES[cfg.objective].needs_pairs:
+        cfg.training, cfg.dataset.predictors = Training(), 0
+    cfg.dataset.plain = plain
+    return cfg

@@ -1,0 +1,185 @@
+"""The settings of finetune.py: four sections, whose fields are YAML keys and flags.
+
+The comment of a setting is its documentation, and its type holds the values it may take.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import torch
+
+from nanojepa.objectives import OBJECTIVES
+from nanojepa.settings import Fraction, Natural, NonNegative, OneOf, OrBool, Positive, Range
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+# Flags of the scripts that finetune.py replaces, if they have another name than our key.
+ALIASES = {
+    "model_name": "model.name",
+    "lora": "model.use_lora",
+    "seed": "general.finetune_seed",
+    "trainall": "dataset.train_all",
+    "wandb": "general.use_wandb",
+}
+
+
+@dataclass
+class General:
+    debug: Annotated[int, OrBool(), Range(0)] = 0  # above 0: show what of two examples is trained
+    finetune_seed: Natural = 42  # of data order, drawn places, dropped terms, new weights
+    use_wandb: bool = False  # report to Weights & Biases
+    wandb_project: str = "jepa-llm"  # its project
+    wandb_run_name: str = ""  # its run name; empty: that of output_dir
+    wandb_entity: str = ""  # its entity
+    wandb_group: str = ""  # its group
+    wandb_tags: str = ""  # its tags, separated by commas
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # how it reports
+
+
+@dataclass
+class Model:
+    name: str = "meta-llama/Llama-3.2-1B-Instruct"  # Hugging Face name or folder
+    # Train LoRA adapters, which are merged in the end. The frozen weights are kept in
+    # training.dtype.
+    use_lora: bool = False
+    lora_rank: Positive = 16  # rank of the adapters; their alpha is twice that, dropout 0.1
+    pretrain: bool = False  # start from random weights
+    cache_dir: str = ""  # folder of downloaded models
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    # How attention is computed. All but flex_attention (CUDA) keep a dense mask of T numbers a
+    # token, so auto takes it, if it can, from a max_length of 1,025 on.
+    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
+
+
+@dataclass
+class Data:
+    train_file: str = ""  # JSON lines or a Hugging Face dataset, of messages or paraphrases
+    eval_file: str = ""  # the same, evaluated every eval_steps
+    data_file: str = ""  # the same, to be split into train and eval
+    eval_split: Fraction = 0.2  # the part of data_file that is eval
+    split_seed: Natural = 42  # of that split
+    max_items: Natural = 0  # training examples at most; 0: all
+    max_eval_items: Natural = 0  # eval examples at most; 0: all
+    config_name: str = ""  # configuration of a Hugging Face dataset
+    train_split: str = ""  # split of a Hugging Face dataset; empty: train, and for eval_file test
+    max_length: Annotated[int, Range(8)] = 512  # tokens of a document; a longer one is cut, counted
+    predictors: Annotated[int, Range(0, 10)] = 0  # [PRED] tokens after view A
+    # What view A is. Standalone: a conversation of its own, as in LLM-JEPA; it is encoded apart if
+    # there is a system message. Prefix: the beginning of the conversation, which is encoded
+    # anyway. That is cheaper, but another term, since the system message is seen.
+    views: Literal["standalone", "prefix"] = "standalone"
+    train_all: bool = False  # cross entropy on every token, not on the assistant's alone
+    plain: bool = False  # no chat template: the two texts, a line break between, an end token
+    # Drop <think> and <Thought> passages of the assistant's text. Of <Output> and <Answer> only
+    # the tags go.
+    remove_thinking: bool = True
+    cache_dir: str = ""  # folder of downloaded datasets
+    preprocess_num_proc: Natural = 0  # no effect; the processes that tokenise clean the texts too
+    tokenize_num_proc: Natural = 0  # processes that tokenise; 0: one for 1,000 examples
+    tokenize_batch_size: Positive = 1000  # examples that one of them takes at a time
+
+
+@dataclass
+class Training:
+    output_dir: str = "./checkpoints"  # folder of the model, its checkpoints and its losses
+    batch_size: Positive = 4  # examples a micro-batch and process
+    grad_accum: Positive = 4  # micro-batches a step
+    learning_rate: NonNegative = 2e-5  # at the start; it falls linearly to 0
+    num_epochs: NonNegative = 3.0  # epochs
+    eval_steps: Positive = 10  # steps between evaluations
+    save_steps: Natural = 0  # steps between checkpoints; 0: every epoch
+    save_total_limit: Positive = 2  # checkpoints that are kept
+    logging_steps: Positive = 1  # steps between log lines
+    lbd: NonNegative = 0.1  # weight of the term
+    gamma: NonNegative = 1.0  # weight of the cross entropy
+    objective: OneOf(OBJECTIVES) = "pair"  # the term; docs/objectives.md describes each
+    regular: bool = False  # no term
+    step_jepa: bool = False  # the same as objective: step
+    span: bool = False  # the same as objective: span
+    # The token whose state is a view's. -1: the last of its turn; -2: the one before; and so on.
+    # 0: the last of its text, whatever the template writes after it.
+    last_token: int = 0
+    front_pred: bool = False  # [PRED] tokens before view A; it is encoded again for that
+    reverse_pred: bool = False  # view B predicts view A
+    linear_predictor: bool = False  # a trained D x D matrix on view A
+    jepa_l2: bool = False  # distance: L2 norm; without a flag it is 1 - cosine
+    jepa_mse: bool = False  # distance: mean squared error
+    infonce: bool = False  # distance: InfoNCE among the pairs of a micro-batch
+    jepa_ratio: float = -1.0  # chance that a step computes the term at all; -1: it always does
+    same_flop: bool = False  # as many steps as cost what num_epochs cost without the term
+    track_flop: bool = False  # print the FLOPs of the first ten steps
+    additive_mask: bool = False  # no effect; all views are encoded in one forward pass anyway
+    memory_efficient: bool = False  # one example at a time, and gradient_checkpointing; same loss
+    # Compute activations again in the backward pass: a third more time, much less memory.
+    gradient_checkpointing: bool = False
+    dtype: OneOf(DTYPES) = "bf16"  # of the computation; weights that are trained are float32
+    # One of TrainingArguments.optim. An 8-bit one needs CUDA and bitsandbytes; without them
+    # adamw_torch_fused is taken.
+    optimizer: str = "adamw_8bit"
+    fsdp: bool = False  # shard weights, gradients and optimizer over the processes (FSDP2)
+    resume: str = ""  # continue from this checkpoint; auto: from the newest in output_dir, if any
+
+
+@dataclass
+class Config:
+    general: General = field(default_factory=General)
+    model: Model = field(default_factory=Model)
+    dataset: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+
+    def __post_init__(self):
+        t, d = self.training, self.dataset
+        terms = [name for name in ("regular", "step_jepa", "span") if getattr(t, name)]
+        if t.objective != Training.objective:
+            terms.append(f"objective={t.objective}")
+        distances = [name for name in ("jepa_l2", "jepa_mse", "infonce") if getattr(t, name)]
+        for given in (terms, distances):
+            if len(given) > 1:
+                raise ValueError(f"training: choose one of {', '.join(given)}")
+        if t.jepa_ratio != -1 and not 0 < t.jepa_ratio <= 1:
+            raise ValueError(
+                f"training.jepa_ratio={t.jepa_ratio}: must be -1, or above 0 and at most 1"
+            )
+        if t.last_token > 0:
+            raise ValueError(f"training.last_token={t.last_token}: must be 0 or less")
+        if t.span and (d.predictors or t.front_pred or t.reverse_pred or t.last_token):
+            raise ValueError(
+                "training.span: it compares differences of states; remove dataset.predictors, "
+                "front_pred, reverse_pred and last_token, which belong to other objectives"
+            )
+        if d.data_file and d.eval_file:
+            raise ValueError(
+                "dataset.eval_file: data_file is split into train and eval; "
+                "give train_file with eval_file"
+            )
+        if d.data_file and d.eval_split == 1:
+            raise ValueError("dataset.eval_split=1: leaves nothing to train on")
+
+    @property
+    def objective(self):
+        """The key in OBJECTIVES of the term, or "" if there is no term."""
+        t = self.training
+        if self.ratio == 0:
+            return ""
+        if t.step_jepa:
+            return "step"
+        return "span" if t.span else t.objective
+
+    @property
+    def distance(self):
+        """The key in DISTANCES of how far views are apart."""
+        t = self.training
+        flags = {"l2": t.jepa_l2, "mse": t.jepa_mse, "infonce": t.infonce}
+        return next((name for name, given in flags.items() if given), "cosine")
+
+    @property
+    def ratio(self):
+        """The fraction of the steps that compute the term."""
+        t = self.training
+        if t.regular or t.lbd == 0:
+            return 0.0
+        return 1.0 if t.jepa_ratio == -1 else t.jepa_ratio
+
+    @property
+    def recomputes(self):
+        """Whether activations are computed again in the backward pass."""
+        return self.training.gradient_checkpointing or self.training.memory_efficient

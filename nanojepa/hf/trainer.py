@@ -1,0 +1,305 @@
+"""The Trainer of transformers, with the loss gamma * CE + lbd * term over packed examples.
+
+CE and the term are sums over the labels and pairs of a step, of all its micro-batches and
+processes, divided by their number. The trainer has an objective, and never asks which.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import Trainer
+
+from nanojepa.hf.export import UNFINISHED, publish_checkpoint
+from nanojepa.hf.model import FLEX, Sums, loading
+from nanojepa.hf.settings import DTYPES
+from nanojepa.objectives import StepRandom
+from nanojepa.objectives.schedule import keeps_term
+from nanojepa.packing import pack_rows
+
+
+class Counts(NamedTuple):
+    """The labels and pairs of a step over all processes, at least 1, as 0-dim tensors."""
+
+    labels: torch.Tensor
+    pairs: torch.Tensor
+
+
+class Costs(NamedTuple):
+    """FLOPs, forward and backward."""
+
+    token: int  # of the network, for each token
+    label: int  # of the head, for each label
+    pair: int  # of attention, for each pair of tokens of one row
+
+
+def naming_checkpoint(load):
+    """A method of the Trainer that reads a checkpoint, whose errors then name the checkpoint."""
+
+    @functools.wraps(load)
+    def method(self, checkpoint, *args):
+        with loading(checkpoint):
+            return load(self, checkpoint, *args)
+
+    return method
+
+
+def count_pairs(examples):
+    return sum(len(example.pairs) for example in examples)
+
+
+class JepaTrainer(Trainer):
+    """A Trainer whose data are Examples, and whose model returns Sums of Batches."""
+
+    def __init__(self, cfg, chat, objective, **arguments):
+        super().__init__(data_collator=list, **arguments)
+        self.cfg, self.chat, self.objective = cfg, chat, objective
+        self.loss_is_scaled_for_ga = True  # by compute_loss, with the step's Counts
+        self.filler = chat.tokenizer.eos_token_id
+        self.row_length = 0  # that of the longest document
+        if self.model.config._attn_implementation == FLEX:
+            # It compiles a kernel for each length. A branch comes on top of max_length.
+            longest = cfg.dataset.max_length + cfg.dataset.predictors + 8
+            self.row_length = 128 * math.ceil(longest / 128)
+        self.costs = unit_flops(self.model, cfg.recomputes)
+        self.step_flops = 0  # of this step, so far
+        self.eval_seconds = 0.0
+        self.start_log_line()
+
+    def start_log_line(self):
+        """Begin the sums over the steps of a log line: of CE and the term, and of their steps."""
+        self.losses = torch.zeros(2, device=self.args.device)
+        self.steps = self.steps_with_term = 0
+
+    # ---- batches
+
+    def pack(self, examples, term=True, step=0, first_item=0, total_items=0):
+        """The micro-batches of these examples: one, or with memory_efficient one for each of them.
+
+        term: whether the step has the term, if there is one; otherwise its views are not encoded
+        either. What is drawn depends on the step, and on the number first_item, in the step, of
+        the first pair. total_items: how many pairs the step has; 0: no more than these examples.
+        """
+        term = term and self.objective is not None
+        if not term:
+            examples = [example.without_term() for example in examples]
+        total_items = total_items or max(1, count_pairs(examples))
+        groups = [examples]
+        # InfoNCE needs all views of a micro-batch at once.
+        if self.cfg.training.memory_efficient and self.cfg.distance != "infonce":
+            groups = [[example] for example in examples]
+        batches = []
+        for group in groups:
+            batch = pack_rows(group, self.filler, self.row_length, first_item)
+            if term:
+                seed = self.cfg.general.finetune_seed
+                rng = StepRandom(seed, step, batch.items, total_items)
+                batch.drawn = self.objective.draw(batch, rng)
+            batches.append(batch)
+            first_item += count_pairs(group)
+        return batches
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, each a list of Batches, and the step's Counts."""
+        cfg, step = self.cfg, self.state.global_step
+        term = keeps_term(cfg.general.finetune_seed, step, cfg.ratio)
+        self.steps += 1
+        self.steps_with_term += term
+        chunks = list(itertools.islice(epoch_iterator, num_batches))
+        # The pairs of a step are numbered as one process would meet them, so that what is drawn
+        # for a pair doesn't depend on the number of processes.
+        own = torch.tensor([[count_pairs(chunk) for chunk in chunks]], device=device)
+        counts = self.accelerator.gather(own).T  # (micro-batches, processes)
+        ends = counts.flatten().cumsum(0).view(counts.shape)
+        first = (ends - counts)[:, self.args.process_index].tolist()
+        total = max(1, int(counts.sum()))
+        batches = [
+            self.pack(chunk, term, step, n, total) for chunk, n in zip(chunks, first, strict=True)
+        ]
+        return batches, self.count(itertools.chain(*batches))
+
+    def count(self, batches):
+        """The Counts of these Batches over all processes."""
+        own = torch.zeros(1, 2, device=self.args.device)
+        for batch in batches:
+            own[0, 0] += (batch.targets >= 0).sum()
+            if batch.drawn is not None:
+                own[0, 1] += batch.drawn["weight"].sum()
+        return Counts(*self.accelerator.gather(own).sum(0).clamp(min=1))
+
+    def _prepare_inputs(self, inputs):
+        return inputs.to(self.args.device)
+
+    # ---- a step
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of the Batches of a micro-batch, one by one."""
+        losses = []
+        for n, batch in enumerate(inputs, 1):
+            # FSDP2 reduces gradients as they come: to wait, it would have to keep whole ones.
+            synchronised = n == len(inputs) or self.cfg.training.fsdp
+            waiting = contextlib.nullcontext() if synchronised else self.accelerator.no_sync(model)
+            with waiting:
+                losses.append(super().training_step(model, batch, num_items_in_batch))
+        self.step_flops += self.floating_point_ops(inputs)
+        if self.accelerator.sync_gradients:
+            step = self.state.global_step + 1
+            if self.cfg.training.track_flop and step <= 10:
+                print(f"step {step}: {self.step_flops:.4g} FLOPs on this process", flush=True)
+            self.step_flops = 0
+        return torch.stack(losses).sum()
+
+    def sums(self, model, batch):
+        """The Sums of a Batch that is on the device."""
+        dtype = DTYPES[self.cfg.training.dtype]
+        with torch.autocast(batch.idx.device.type, dtype, enabled=dtype != torch.float32):
+            return Sums(*model(batch=batch))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """This Batch's part of the step's loss, times the processes, which average gradients."""
+        t, (labels, pairs) = self.cfg.training, num_items_in_batch
+        ce, term = self.sums(model, inputs)
+        self.losses[0] += ce.detach() / labels
+        loss = t.gamma * ce / labels
+        if term is not None:
+            self.losses[1] += term.detach() / pairs
+            loss = loss + t.lbd * term / pairs
+        return loss * self.args.world_size
+
+    # ---- evaluation and the log
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        """{"eval_loss": CE a label, "eval_jepa_loss": the term a pair} over the eval examples."""
+        began, model, was_training = time.perf_counter(), self.model_wrapped, self.model.training
+        examples, size = eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size
+        chunks = [examples[n : n + size] for n in range(0, len(examples), size)]
+        rank, world_size = self.args.process_index, self.args.world_size
+        sums = torch.zeros(4, device=self.args.device)
+        model.eval()
+        # Sharded weights need as many forward passes on every process, so some repeat a chunk.
+        for n in range(rank, len(chunks) + -len(chunks) % world_size, world_size):
+            for batch in self.pack(chunks[n % len(chunks)], step=n):
+                sums += (n < len(chunks)) * self.sums_and_counts(model, self._prepare_inputs(batch))
+        ce, labels, term, pairs = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": ce / labels}
+        if pairs:
+            metrics[f"{metric_key_prefix}_jepa_loss"] = term / pairs
+        model.train(was_training)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self.eval_seconds += time.perf_counter() - began
+        return metrics
+
+    def sums_and_counts(self, model, batch):
+        """(4,): the sum of CE, the number of labels, the sum of the term, the number of pairs."""
+        ce, term = self.sums(model, batch)
+        pairs = ce.new_zeros(())
+        if term is not None:
+            pairs = batch.drawn["weight"].sum()
+        return torch.stack((ce, (batch.targets >= 0).sum(), pairs if term is None else term, pairs))
+
+    def log(self, logs, start_time=None):
+        """As the Trainer's, with both parts of a training loss, unweighted, and metrics.jsonl.
+
+        A step without the term counts for CE alone.
+        """
+        if "loss" in logs:
+            ce, term = self.accelerator.reduce(self.losses, "sum").tolist()
+            logs["ce_loss"] = ce / max(1, self.steps)
+            if self.steps_with_term:
+                logs["jepa_loss"] = term / self.steps_with_term
+            self.start_log_line()
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({**logs, "step": self.state.global_step}) + "\n")
+
+    # ---- checkpoints
+
+    def _get_output_dir(self, trial):
+        """Where the Trainer writes checkpoints, until they are whole."""
+        return os.path.join(self.args.output_dir, UNFINISHED)
+
+    def _save_checkpoint(self, model, trial):
+        """As the Trainer's, but the checkpoint appears only when every process has written it."""
+        folder, part = Path(self.args.output_dir), Path(self._get_output_dir(trial))
+        if self.is_world_process_zero():
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            publish_checkpoint(folder, self.state.global_step, self.args.save_total_limit)
+
+    _load_from_checkpoint = naming_checkpoint(Trainer._load_from_checkpoint)
+    _load_optimizer_and_scheduler = naming_checkpoint(Trainer._load_optimizer_and_scheduler)
+    _load_scaler = naming_checkpoint(Trainer._load_scaler)
+    _load_rng_state = naming_checkpoint(Trainer._load_rng_state)
+
+    # ---- FLOPs
+
+    def floating_point_ops(self, inputs):
+        """FLOPs, forward and backward, of a list of Batches, their padding counted."""
+        total = 0
+        for batch in inputs:
+            tokens = batch.idx.numel()
+            total += self.costs.token * tokens
+            total += self.costs.label * int((batch.targets >= 0).sum())
+            total += self.costs.pair * tokens * batch.idx.size(1)
+        return total
+
+    def limit_flops(self):
+        """Make as many steps as cost what the epochs cost without the term; returns a line on it.
+
+        A step's cost is measured on the layouts of up to 200 micro-batches.
+        """
+        args, size, ratio = self.args, self.args.per_device_train_batch_size, self.cfg.ratio
+        plain = full = 0
+        for n in range(0, min(len(self.train_dataset), 200 * size), size):
+            examples = self.train_dataset[n : n + size]
+            plain += self.floating_point_ops(self.pack(examples, term=False))
+            full += self.floating_point_ops(self.pack(examples))
+        cost = (ratio * full + (1 - ratio) * plain) / plain
+        step = size * args.gradient_accumulation_steps * args.world_size
+        steps = int(math.ceil(len(self.train_dataset) / step) * args.num_train_epochs)
+        args.max_steps = max(1, int(steps / cost))
+        return (
+            f"same_flop: a step costs {cost:.3f} of one without the term: "
+            f"{args.max_steps} steps instead of {steps}"
+        )
+
+
+def unit_flops(model, recomputes):
+    """The Costs of a model; recomputes: whether activations are computed again for the backward.
+
+    A weight takes 2 FLOPs forward, 2 for the gradient of its input, 2 for its own if it is
+    trained. Attention takes 4 times the width and layer forward, 8 backward, for pairs that don't
+    see each other too, as a dense mask computes them. What is computed again costs its forward
+    FLOPs once more. Source: arXiv 2204.02311, appendix B.
+    """
+
+    def cost(weight, recomputed):
+        return weight.numel() * (4 + 2 * weight.requires_grad + 2 * recomputed)
+
+    config = model.config.get_text_config()
+    # peft wraps a table of which it trains some rows.
+    head, embedding = (
+        getattr(table, "original_module", table).weight
+        for table in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    network = sum(
+        cost(p, recomputes) for p in model.parameters() if p is not head and p is not embedding
+    )
+    attention = (12 + 4 * recomputes) * config.num_hidden_layers * config.hidden_size
+    return Costs(network, cost(head, False), attention)

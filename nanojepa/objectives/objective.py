@@ -1,0 +1,117 @@
+"""What every objective is: something laid out or drawn before the compiled graph, and something
+compared inside it.
+
+A new objective is one file beside this one, with a subclass that overrides one to three of the
+four methods, and a line in the table of __init__.py.
+
+Shapes: R rows of T tokens, N pairs of views, D width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanojepa.objectives.distance import distance
+from nanojepa.packing import Example
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the settings of either trainer tell an objective."""
+
+    width: int  # D, of the states
+    distance: str = "cosine"  # a key of DISTANCES
+    normed: bool | None = (
+        None  # compare states after the final norm; None: as the objective prefers
+    )
+    predictor: str = "identity"  # or linear: a trained D x D matrix on view A
+    preds: tuple = ()  # ids of the [PRED] tokens
+    front: bool = False  # [PRED]s before view A instead of after it
+    reverse: bool = False  # view B predicts view A
+    last_token: int = 0  # a view's state, counted from its turn's end; 0: its last token of text
+    spans: int = 1  # spans a row, or a region
+    max_span_frac: float = 0.5  # longest span over the length of what it is drawn in
+    doc_token: int | None = None  # in rows of text, spans don't cross this token; None: they may
+
+
+class StepRandom:
+    """The random numbers of one step: a function of seed, step and item alone.
+
+    An item is what numbers are drawn for: a row of text, or a pair of a packed batch. All
+    total_items of the step are drawn and those of this micro-batch are taken, so the numbers of an
+    item depend neither on the ranks nor on gradient accumulation.
+    """
+
+    def __init__(self, seed, step, items, total_items):
+        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        self.items, self.total_items = items, total_items
+
+    def uniform(self, *shape):
+        """Numbers in [0, 1), float64, (items, *shape); every call gives new ones."""
+        size = (self.total_items, *shape)
+        return torch.rand(size, generator=self.generator, dtype=torch.float64)[self.items]
+
+
+class Predictor(nn.Module):
+    """A D x D matrix that begins as the identity."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(width))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Objective(nn.Module):
+    """A term of the loss; it owns its predictor, if it has one."""
+
+    default_normed = False  # whether it compares states after the final norm
+    needs_pairs = False  # whether rows of plain text give it nothing to compare
+
+    def __init__(self, options):
+        super().__init__()
+        self.options = options
+        self.normed = self.default_normed if options.normed is None else options.normed
+        self.predictor = Predictor(options.width) if options.predictor == "linear" else None
+
+    def layout(self, texts):
+        """The Example of these Texts: which documents are encoded, which places are compared.
+
+        By default the trunks are encoded, as without a term, and nothing is compared.
+        """
+        return Example(texts.documents)
+
+    def draw(self, batch, rng):
+        """What is drawn for a Batch outside the compiled graph, as a dict of CPU tensors.
+
+        "weight" says what counts: 1 for a comparison, 0 for padding. The trainer divides it by its
+        sum over the step, so that the term is a mean over all micro-batches and ranks. rng: the
+        batch's StepRandom. By default the batch's pairs are compared.
+        """
+        a, b = batch.pairs
+        return {"a": a, "b": b, "weight": batch.weight, "group": batch.group}
+
+    def views(self, lm, batch, states, drawn):
+        """The Views that are compared, inside the compiled graph.
+
+        states (R, T, D): the tapped layer. drawn: what draw() returned. lm: the language model,
+        with lm.states(idx, positions, ends), lm.embed(idx) and lm.logits(states).
+        """
+        raise NotImplementedError
+
+    def loss(self, lm, batch, states, drawn):
+        """The sum of weight * distance, a 0-dim tensor; by default, of the views."""
+        views = self.views(lm, batch, states, drawn)
+        return distance(self.options.distance, views, drawn["weight"])
+
+    def gather(self, states, places):
+        """The states (..., D), float32, at places (...), which count through all rows."""
+        found = states.flatten(0, 1)[places].float()
+        return F.rms_norm(found, found.shape[-1:], eps=1e-6) if self.normed else found
+
+    def predict(self, u):
+        """View A (..., D) after the predictor."""
+        return u if self.predictor is None else self.predictor(u)

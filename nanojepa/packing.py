@@ -1,0 +1,333 @@
+"""Documents as trees in rows: what is encoded of an example, where it lies, and who sees whom.
+
+A document is a trunk with at most one branch. Packed rows hold many documents. A token sees its
+own document's ancestors and nothing else, so every view has exactly the states it would have
+alone. Positions restart with each document and go on from the fork in a branch.
+
+Shapes: R rows of T tokens, N pairs of places.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+
+@dataclass
+class Document:
+    """A trunk, and a branch that continues trunk[: fork + 1] and that the trunk doesn't see.
+
+    The trunk's tokens at loss_on, never the first, are targets of the token before them. In a row
+    the document lies depth first: trunk[: fork + 1], the branch, the rest of the trunk.
+    """
+
+    trunk: list
+    loss_on: range = range(0)
+    branch: list = field(default_factory=list)
+    fork: int = 0
+
+    def __len__(self):
+        return len(self.trunk) + len(self.branch)
+
+    def visible_pairs(self):
+        """How many (query, key) pairs attention needs; its FLOPs are proportional to that."""
+        n, k = len(self.trunk), len(self.branch)
+        return n * (n + 1) // 2 + k * (self.fork + 1) + k * (k + 1) // 2
+
+    def write(self, column, idx, targets, positions, ends):
+        """Write this document into a row's arrays (T,) from `column` on; targets must be -1 there.
+
+        ends: the index after each token's last descendant. Depth first, a subtree is an interval,
+        so a token sees an earlier one exactly if it lies before that one's end.
+        """
+        n, k, inner = len(self.trunk), len(self.branch), self.fork + 1
+        stop, trunk = column + n + k, np.arange(n)
+        columns = column + trunk + np.where(trunk < inner, 0, k)
+        branch = slice(column + inner, column + inner + k)
+        idx[columns], idx[branch] = self.trunk, self.branch
+        positions[columns], positions[branch] = trunk, np.arange(inner, inner + k)
+        ends[columns], ends[branch] = stop, column + inner + k
+        trained = np.array(self.loss_on, dtype=int)
+        targets[columns[trained - 1]] = np.array(self.trunk)[trained]
+
+
+@dataclass
+class View:
+    """A text to take a state of.
+
+    tokens: up to the text's end. first: where the text begins in them. tail: what closes its turn.
+    document: the number of the example's document that begins with these tokens, or None.
+    """
+
+    tokens: list
+    first: int
+    tail: list = field(default_factory=list)
+    document: int | None = None
+
+
+def no_steps():
+    return []
+
+
+@dataclass
+class Texts:
+    """One example before an objective looks at it. A place is (document, index of a token in it).
+
+    documents: the trunks, which the cross entropy is about. meaning: pairs of Views that mean the
+    same. regions: pairs of places between which spans may be drawn. longest: tokens that a view
+    may have. steps: returns the Views of the answer's first two steps, [] if it has fewer.
+    """
+
+    documents: list
+    meaning: list = field(default_factory=list)
+    regions: list = field(default_factory=list)
+    longest: int | None = None
+    steps: Callable[[], list] = no_steps
+
+    def is_cut(self, place):
+        """Whether a state can't be taken: its document, or what it needs, is too long."""
+        if isinstance(place, tuple):
+            document, token = place
+            return token >= len(self.documents[document].trunk)
+        return self.longest is not None and len(place) > self.longest
+
+
+@dataclass
+class Example:
+    """The documents to encode of one example, and the pairs of places that are compared.
+
+    no_term: why nothing is compared, "" if something is or nobody asked for it.
+    """
+
+    documents: list
+    pairs: list = field(default_factory=list)
+    no_term: str = ""
+
+    def add_pair(self, a, b, branch=()):
+        """Compare the states at a and b.
+
+        Each is a place, or tokens that are encoded for the term alone in a document of their own.
+        With a branch, a's state is the branch's last one; it continues the document after a.
+        """
+        number, last = self.find_place(a)
+        if len(branch):
+            self.documents[number] = replace(self.documents[number], branch=list(branch), fork=last)
+        self.pairs.append(((number, last + len(branch)), self.find_place(b)))
+
+    def find_place(self, view):
+        if isinstance(view, tuple):
+            return view
+        self.documents.append(Document(view))
+        return len(self.documents) - 1, len(view) - 1
+
+    def without_term(self):
+        """The example as a step encodes it that drops the term: its trunks alone."""
+        return Example([Document(d.trunk, d.loss_on) for d in self.documents if len(d.loss_on)])
+
+
+@dataclass
+class Batch:
+    """One micro-batch.
+
+    idx, targets (R, T): int64, a target of -1 counts nothing. num_targets: of the whole step, an
+    int or a 0-dim float tensor. positions, ends (R, T): of packed rows (Document.write), None in
+    rows of text. pairs (2, N): the places that the objective laid out, counted through all rows;
+    weight (N,): 1, or 0 for padding; group (N,): the number of the example. items, total_items:
+    see StepRandom. drawn: what the objective drew, None if this step has no term.
+    """
+
+    idx: torch.Tensor
+    targets: torch.Tensor
+    num_targets: int | torch.Tensor = 1
+    positions: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    pairs: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    group: torch.Tensor | None = None
+    items: torch.Tensor | None = None
+    total_items: int = 0
+    drawn: dict | None = None
+
+    def to(self, device):
+        """This batch on the device, without waiting for it; what draw() needs stays behind."""
+        moved = {
+            name: to_device(getattr(self, name), device)
+            for name in ("idx", "targets", "num_targets", "positions", "ends")
+        }
+        if self.drawn is not None:
+            moved["drawn"] = {name: to_device(x, device) for name, x in self.drawn.items()}
+        return Batch(**moved)
+
+
+def to_device(x, device):
+    if not torch.is_tensor(x):
+        return x
+    if device.type == "cuda" and not x.is_cuda:
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def tree_mask(ends, flex=None):
+    """Which key a query sees in packed rows: those before it in whose subtree it lies.
+
+    ends (R, T): the index after the last descendant of each token. flex: return a BlockMask for
+    FlexAttention, by default on CUDA; otherwise a boolean (R, 1, T, T) for
+    scaled_dot_product_attention. FlexAttention has no backward pass on a CPU.
+    """
+    R, T = ends.shape
+    if flex is None:
+        flex = ends.is_cuda
+    if flex:
+
+        def visible(row, head, query, key):
+            return (key <= query) & (query < ends[row, key])
+
+        return create_block_mask(visible, R, None, T, T, device=ends.device)
+    token = torch.arange(T, device=ends.device)
+    return ((token <= token[:, None]) & (token[:, None] < ends[:, None, :]))[:, None]
+
+
+# ---- placing documents in rows
+
+
+class Placed(NamedTuple):
+    """Where the documents of an example lie: in which micro-batch, and their (row, column)."""
+
+    micro_batch: int
+    places: list
+
+
+def first_fit(lengths, left, T):
+    """[(row, column)] for documents of these lengths, the longest first, or None without room.
+
+    left: the free tokens of each row of T tokens; it is updated. A document goes into the first
+    row that has room for it.
+    """
+    places = [None] * len(lengths)
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        row = int((left >= lengths[n]).argmax())  # 0 if no row has room
+        if left[row] < lengths[n]:
+            return None
+        places[n] = row, T - int(left[row])
+        left[row] -= lengths[n]
+    return places
+
+
+class Room(NamedTuple):
+    """What a micro-batch has left: tokens of each row, their sum, and the largest of them."""
+
+    left: np.ndarray
+    total: int
+    longest: int
+
+
+def place_examples(examples, rows, T):
+    """A Placed for each example: all its documents inside one micro-batch of `rows` rows.
+
+    The longest example is placed first. ValueError if one fits no empty micro-batch.
+    """
+    placed, rooms = [None] * len(examples), []
+    lengths = [[len(d) for d in e.documents] for e in examples]
+    for i in sorted(range(len(examples)), key=lambda i: -sum(lengths[i])):
+        total, longest = sum(lengths[i]), max(lengths[i])
+        empty = Room(np.full(rows, T), rows * T, T)
+        for number, room in enumerate([*rooms, empty]):
+            if room.total < total or room.longest < longest:
+                continue
+            left = room.left.copy()
+            places = first_fit(lengths[i], left, T)
+            if places is not None:
+                rooms[number : number + 1] = [Room(left, int(left.sum()), int(left.max()))]
+                placed[i] = Placed(number, places)
+                break
+        if placed[i] is None:
+            raise ValueError(
+                f"an example of {len(lengths[i])} documents does not fit a micro-batch of "
+                f"{rows} rows of {T} tokens"
+            )
+    return placed
+
+
+def write_rows(documents, places, rows, T, filler):
+    """The arrays idx, targets, positions and ends, (rows, T) int64, of documents at their places.
+
+    What is left of a row is a document of its own, of `filler` tokens without targets.
+    """
+    idx, targets = np.full((rows, T), filler), np.full((rows, T), -1)
+    positions, ends = np.tile(np.arange(T), (rows, 1)), np.full((rows, T), T)
+    filled = np.zeros(rows, dtype=np.int64)
+    for document, (row, column) in zip(documents, places, strict=True):
+        document.write(column, idx[row], targets[row], positions[row], ends[row])
+        filled[row] = max(filled[row], column + len(document))
+    for row, column in enumerate(filled):
+        positions[row, column:] = np.arange(T - column)
+    return [x.astype(np.int64) for x in (idx, targets, positions, ends)]
+
+
+class Item(NamedTuple):
+    """An example in a micro-batch: its places there, its group, and its first pair's item."""
+
+    example: Example
+    places: list
+    group: int
+    first_item: int
+
+
+def fill_rows(items, rows, T, filler, room=0):
+    """The Batch of these Items in `rows` rows of T tokens.
+
+    room: pairs that the tables have place for, so that every micro-batch has one shape and one
+    graph; at least as many as there are. num_targets and total_items are left to the caller.
+    """
+    documents = [d for item in items for d in item.example.documents]
+    places = [place for item in items for place in item.places]
+    arrays = write_rows(documents, places, rows, T, filler)
+    table = []
+    for item in items:
+        start = [row * T + column for row, column in item.places]
+        for n, ((i, a), (j, b)) in enumerate(item.example.pairs):
+            table.append((start[i] + a, start[j] + b, item.group, item.first_item + n))
+    padded = np.zeros((max(len(table), room), 4), dtype=np.int64)
+    padded[: len(table)] = np.array(table, dtype=np.int64).reshape(-1, 4)
+    a, b, group, numbers = torch.from_numpy(padded).T.contiguous()
+    weight = torch.zeros(len(padded))
+    weight[: len(table)] = 1
+    idx, targets, positions, ends = map(torch.from_numpy, arrays)
+    return Batch(
+        idx,
+        targets,
+        positions=positions,
+        ends=ends,
+        pairs=torch.stack((a, b)),
+        weight=weight,
+        group=group,
+        items=numbers,
+    )
+
+
+def pack_rows(examples, filler, T=0, first_item=0):
+    """One micro-batch of all these examples, with as many rows as they need, for fine-tuning.
+
+    T: tokens of a row; 0: as the longest document, rounded up to 8. With T given, the number of
+    rows is a power of two: FlexAttention compiles each shape. The table of pairs has place for
+    one at least, of weight 0 if there is none, so that every process uses the same weights.
+    first_item: the number of the first pair in the step; total_items counts up to the last one.
+    """
+    documents = [d for e in examples for d in e.documents]
+    fixed = T > 0
+    T = T or -(-max(map(len, documents)) // 8) * 8
+    places = first_fit([len(d) for d in documents], np.full(len(documents), T), T)
+    rows = 1 + max(row for row, _ in places)
+    if fixed:
+        rows = 1 << (rows - 1).bit_length()
+    items, begin, number = [], 0, first_item
+    for group, example in enumerate(examples):
+        end = begin + len(example.documents)
+        items.append(Item(example, places[begin:end], group, number))
+        begin, number = end, number + len(example.pairs)
+    batch = fill_rows(items, rows, T, filler, room=1)
+    batch.total_items = max(number, first_item + 1)
+    return batch
