@@ -1,542 +1,655 @@
-"""Does it help? Arms times seeds, each arm against its twin without the term: a table, a picture, result.json.
+"""Does it help? Arms times seeds, each arm against its twin without the term.
 
-    python ablate.py --config configs/cpu_stdlib.yaml --arms JEPA_LAMBDA=0.005,0.02,0.1 --seeds 8 --budget steps=200
-    python ablate.py --config FILE --arms JEPA_LAMBDA=0.02 --arms JEPA_LAYER=-1,3 --seeds 5              a grid
-    python ablate.py --arm "JEPA_LAMBDA=0.02 JEPA_LAYER=3" --arm JEPA_LAMBDA=0.1 --seeds 5               arms one by one
-    python ablate.py --arms jepa.py:my_jepa.py --jepa_lambda 0.1 --seeds 3                               an edited file
-    python ablate.py --baseline "JEPA_LAMBDA=0 ITERATIONS=300" --arm "JEPA_LAMBDA=0.1 ITERATIONS=200" --budget steps --seeds 5
-    python ablate.py --script finetune.py --config FILE --arms lbd=0.1,1 --seeds 5 --evaluate test.jsonl --task startswith
-    python ablate.py plot logs/RUN ... [--out curves.png]                                                loss curves of any runs
-    python ablate.py best ablations/NAME --over JEPA_LAMBDA          of arms that differ in it alone, the one with the best mean: for a next grid
+    python ablate.py --config configs/cpu_stdlib.yaml --arms JEPA_LAMBDA=0.005,0.02,0.1 --seeds 8
+    python ablate.py --config FILE --arms JEPA_LAMBDA=0.02 --arms JEPA_LAYER=-1,3       a grid
+    python ablate.py --arm "JEPA_LAMBDA=0.02 JEPA_LAYER=3" --arm JEPA_LAMBDA=0.1        one by one
+    python ablate.py --arms model.py:my_model.py --jepa_lambda 0.1                      edited file
+    python ablate.py --baseline "JEPA_LAMBDA=0 ITERATIONS=300" --budget steps \\
+        --arm "JEPA_LAMBDA=0.1 ITERATIONS=200"                                          no twins
+    python ablate.py --script finetune.py --config FILE --arms lbd=0.1,1 --evaluate test.jsonl
+    python ablate.py plot logs/RUN ... [--out curves.png]               loss curves of any runs
+    python ablate.py best ablations/NAME --over JEPA_LAMBDA             arms for a next grid
 
-Other flags are the script's, the same for all runs. A twin is an arm without its JEPA settings and files and with the weight 0; it
-is added where it is missing. --baseline names one arm that all are compared with instead. Runs are interleaved: all arms of a seed,
-then the next, so drift of the machine hits all alike. The same command again continues a stopped grid; a run that failed is shown,
-kept, and tried again. All arms have the same seeds, data, batch, compile mode and --budget, so no arm may set these: steps=N,
-flops=X or seconds=S (a bare name takes the config's own value; under bare steps arms may set ITERATIONS). {seed} in a setting is the
-run's seed, e.g. INIT_FROM=logs/other-seed{seed}.
+Other flags are the script's, the same for all runs. A twin is an arm without the settings of its
+term and without its files, with the weight 0; it is added if it is missing. All arms have the same
+seeds, data, batch, compile mode and budget. {seed} in a setting is the run's seed, for example
+INIT_FROM=logs/other-seed{seed}. best prints, of arms that differ in one setting alone, the one with
+the best mean.
 
-The paired t-test decides, two-sided, Holm-corrected over the arms. Wilcoxon's test stands beside it; below 8 seeds it can't go
-under 0.01. The smallest difference that the grid could have found is that of a paired t-test at 5%, not corrected, with 80% power.
+Runs are interleaved: all arms of a seed, then the next seed, so drift of the machine hits all
+alike. The same command again continues a stopped grid and tries failed runs again.
+
+The paired t-test decides, two-sided, Holm-corrected over the arms. Wilcoxon's test stands beside
+it; below 8 seeds its p can't go under 0.01. table.md, ablation.png and result.json are written to
+ablations/NAME.
 """
+
 import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
-import textwrap
 import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
 
 import yaml
 
-from config import load_config, load_sections
-from data.shards import write_whole
+from nanojepa.files import one_line_errors, write_whole
+
+try:
+    from nanojepa import plots, stats
+except ImportError as error:
+    raise SystemExit(f'error: needs {error.name}: pip install -e ".[eval]"') from None
 
 ROOT = Path(__file__).resolve().parent
-WEIGHT = {"train_gpt.py": "jepa_lambda", "finetune.py": "lbd"}
-METRIC = {"train_gpt.py": "val_bpb", "finetune.py": "eval_loss"}
-HIGHER_IS_BETTER = {"exact", "startswith", "exact_clean", "startswith_clean", "accuracy", "probability"}
-# settings of the term: what an arm's twin hasn't
-TERM = {"train_gpt.py": ("jepa_",), "finetune.py": ("step_jepa", "span", "predictors", "linear_predictor", "jepa_", "infonce", "front_pred", "reverse_pred", "views",
-                                                    "last_token", "gamma")}
-CODE = {"train_gpt.py": ("train_gpt.py", "model.py", "jepa.py", "loader.py", "config.py", "weights.py", "checkpoint.py", "data/shards.py"),
-        "finetune.py": ("finetune.py", "layouts.py", "chat.py", "jepa.py", "model.py", "loader.py", "config.py", "data/pairs.py")}  # what makes a run's result
-INPUTS = ("data_path", "tokenizer", "init_from", "name", "train_file", "eval_file", "data_file")  # settings that are files or folders
-BUDGETS = {"steps": "iterations", "flops": "train_flops", "seconds": "max_wallclock_seconds"}
-OWN = {"train_gpt.py": ("seed", "run_id"), "finetune.py": ("finetune_seed", "output_dir", "resume")}  # what every run gets from here
-# What all arms share. A difference in the first two makes step times incomparable, in the others results.
-SHARED = {"train_gpt.py": {"program": ("compile", "dtype"), "batch": ("train_batch_tokens", "train_seq_len", "grad_accum_steps"),
-                           "data": ("data_path", "tokenizer", "doc_token", "long_examples"), "measurement": ("val_tokens", "eval_stride", "val_loss_every", "target_val_loss")},
-          "finetune.py": {"program": ("dtype", "attn_implementation", "gradient_checkpointing", "memory_efficient", "fsdp"), "batch": ("batch_size", "grad_accum"),
-                          "data": ("train_file", "eval_file", "data_file", "eval_split", "split_seed", "max_items", "max_eval_items", "config_name", "train_split")}}
 
 
-@dataclass(frozen=True)
-class Arm:
-    """Settings (pairs of name and value), and files (pairs of name and path) that stand in for the project's."""
-    settings: tuple
-    files: tuple = ()
+class Script(NamedTuple):
+    """What ablate.py knows of a script that trains."""
 
-    @property
-    def label(self):
-        return " ".join([f"{name}={value}" for name, value in self.settings] + [f"{name}:{path}" for name, path in self.files])
-
-    def twin(self, script):
-        """The arm without the term, to which this one is compared."""
-        weight = WEIGHT[script]
-        kept = tuple((name, value) for name, value in self.settings if name != weight and not name.startswith(TERM[script]))
-        return Arm(((weight, "0"), *kept))
+    config: str  # the module of its Config
+    weight: str  # the setting that is 0 in a twin
+    metric: str  # what is compared
+    evaluated: str  # what is compared with --evaluate
+    seed: str  # a setting that every run gets from here
+    place: str  # another one: where it leaves its files
+    budgets: dict  # {kind of --budget: the setting that holds it}
 
 
-def parse_arm(items, script, where):
-    """The Arm of texts NAME=value or FILE.py:path, in whatever order they are given. ValueError says what is wrong in `where`."""
-    found, weight = {"=": {}, ":": {}}, WEIGHT[script]
-    for item in items:
-        name, mark, value = re.fullmatch(r"([^=:]*)([=:]?)(.*)", item, re.DOTALL).groups()
-        if not (name and value):
-            raise ValueError(f"{where}: must be NAME=value or FILE.py:path, with commas between the values of --arms, blanks between the settings of --arm")
-        if mark == ":" and name not in {file.name for file in ROOT.glob("*.py")}:
-            raise ValueError(f"{where}: {name} is no file of the project's own folder")
-        if mark == ":" and not Path(value).is_file():
-            raise ValueError(f"{where}: {value} is no file")
-        name = name if mark == ":" else name.lower()
-        if mark == "=" and script == "finetune.py":  # where a key has several names
-            import finetune
-            name = finetune.ALIASES.get(name, name).rpartition(".")[2]
-        if name in found[mark]:
-            raise ValueError(f"{where}: {name} is there twice")
-        found[mark][name] = value
-    arm = Arm(*(tuple(sorted(pairs.items(), key=lambda x: (x[0] != weight, x[0]))) for pairs in found.values()))
-    try:
-        off = float(found["="].get(weight, 1)) == 0
-    except ValueError:  # the script will say so
-        off = False
-    return Arm(arm.twin(script).settings, arm.files) if off else arm  # without the term its settings mean nothing
+STEPS = "iterations"
+SCRIPTS = {
+    "train_gpt.py": Script(
+        config="train_gpt",
+        weight="jepa_lambda",
+        metric="val_bpb",
+        evaluated="startswith",
+        seed="seed",
+        place="run_id",
+        budgets={"steps": STEPS, "flops": "train_flops", "seconds": "max_wallclock_seconds"},
+    ),
+    "finetune.py": Script(
+        config="nanojepa.hf.settings",
+        weight="lbd",
+        metric="eval_loss",
+        evaluated="accuracy",
+        seed="finetune_seed",
+        place="output_dir",
+        budgets={"flops": "same_flop"},
+    ),
+}
+# Settings of a term, which a twin doesn't have.
+TERM = re.compile(
+    r"jepa_\w+|objective|span|step_jepa|predictors|linear_predictor|infonce|front_pred|reverse_pred"
+    r"|views|last_token|gamma"
+)
+# What all arms share, so that their results and their step times compare.
+SHARED = {
+    "program and batch": ("compile", *stats.PROGRAM),
+    "data": (
+        *("data_path", "tokenizer", "doc_token", "long_examples", "train_file", "eval_file"),
+        *("data_file", "eval_split", "split_seed", "max_items", "max_eval_items", "config_name"),
+        "train_split",
+    ),
+    "measurement": ("val_tokens", "eval_stride", "val_loss_every", "target_val_loss"),
+}
+# Settings that are a file or a folder.
+FILES = ("train_file", "eval_file", "data_file", "data_path", "tokenizer", "init_from", "name")
+
+# ------------------------------------------------------------------------------------------- arms
 
 
 def parse_arms(grid, script, singles=(), baseline=None):
-    """The Arms of --arms texts (NAME=v,v or FILE.py:PATH,PATH: axes of a grid) and --arm texts, behind the baseline or else their twins."""
+    """The stats.Arms of a grid, first those that others are compared with.
+
+    grid: texts of --arms, each an axis NAME=v,v or FILE:path,path. singles: texts of --arm.
+    """
     axes = []
     for text in grid:
         head, values = re.fullmatch(r"([^=:]*[=:]?)(.*)", text, re.DOTALL).groups()
-        axes.append([(head + value, text) for value in values.split(",")])
-    arms = [parse_arm([item for item, _ in choice], script, " ".join(f"--arms {text}" for _, text in choice)) for choice in itertools.product(*axes)] if axes else []
-    arms += [parse_arm(shlex.split(text) or [""], script, f"--arm {text}") for text in singles]
-    first = [parse_arm(shlex.split(baseline) or [""], script, f"--baseline {baseline}")] if baseline is not None else [arm.twin(script) for arm in arms]
-    return list(dict.fromkeys(first + arms))
+        axes.append([head + value for value in values.split(",")])
+    where = " ".join(f"--arms {text}" for text in grid)
+    choices = itertools.product(*axes) if axes else []
+    arms = [parse_arm(items, script, where) for items in choices]
+    arms += [parse_arm(shlex.split(text), script, f"--arm {text}") for text in singles]
+    if baseline is not None:
+        base = parse_arm(shlex.split(baseline), script, f"--baseline {baseline}")
+        arms = [base, *(arm._replace(twin=base.label) for arm in arms if arm != base)]
+    else:
+        twins = [stats.Arm(without_term(arm.settings, script)) for arm in arms]
+        pairs = list(zip(arms, twins, strict=True))
+        arms = twins + [arm._replace(twin=twin.label) for arm, twin in pairs if arm != twin]
+    return list(dict.fromkeys(arms))
+
+
+def parse_arm(items, script, where):
+    """The stats.Arm of texts NAME=value and FILE:path. ValueError says what is wrong in `where`."""
+    settings, files = {}, {}
+    for item in items or [""]:
+        name, mark, value = re.fullmatch(r"([^=:]*)([=:]?)(.*)", item, re.DOTALL).groups()
+        if not (name and value):
+            raise ValueError(
+                f"{where}: must be NAME=value or FILE:path, with commas between the values of "
+                "--arms and blanks between the settings of --arm"
+            )
+        if mark == "=":  # training.lbd is lbd
+            given, name = settings, name.lower().rpartition(".")[2]
+        elif name not in project_files():
+            raise ValueError(f"{where}: {name} is no file of the project, named from its root")
+        elif not Path(value).is_file():
+            raise ValueError(f"{where}: {value} is no file")
+        else:
+            given = files
+        if name in given:
+            raise ValueError(f"{where}: {name} is there twice")
+        given[name] = value
+    weight = SCRIPTS[script].weight
+    settings = tuple(sorted(settings.items(), key=lambda pair: (pair[0] != weight, pair[0])))
+    if is_zero(dict(settings).get(weight, "1")):  # without the term, its settings mean nothing
+        settings = without_term(settings, script)
+    return stats.Arm(settings, tuple(sorted(files.items())))
+
+
+def is_zero(text):
+    try:
+        return float(text) == 0
+    except ValueError:  # the script will say what is wrong with it
+        return False
+
+
+def without_term(settings, script):
+    """The settings of an arm's twin."""
+    weight = SCRIPTS[script].weight
+    others = [pair for pair in settings if pair[0] != weight and not TERM.fullmatch(pair[0])]
+    return ((weight, "0"), *others)
 
 
 def check_arms(arms, script, budget):
-    """ValueError where an arm sets what all of them share."""
-    limits = ("same_flop",) if script == "finetune.py" else [name for name in BUDGETS.values() if (budget, name) != ("steps", "iterations")]
-    groups = {**SHARED[script], **({"budget": limits} if budget else {})}
-    for arm, (name, value) in ((arm, setting) for arm in reversed(arms) for setting in arm.settings):  # twins last
-        if name in OWN[script]:
-            raise ValueError(f"arm {arm.label}: {name} is set here for every run; see --seeds, --first_seed and --name")
-        for group, names in groups.items():
-            if name in names:
-                raise ValueError(f"arm {arm.label}: {name} belongs to the {group}, which all arms share; " +
-                                 ("leave it to --budget" if group == "budget" else f"give it as a flag for all: --{name}={value}"))
+    """ValueError if an arm sets what all of them share; budget: the text of --budget or None."""
+    limits = set(SCRIPTS[script].budgets.values()) if budget else set()
+    shared = {**SHARED, "budget": limits - {STEPS} if budget == "steps" else limits}
+    settings = [(arm, *pair) for arm in reversed(arms) for pair in arm.settings]  # twins last
+    for arm, name, value in settings:
+        groups = [group for group, names in shared.items() if name in names]
+        if groups:
+            advice = f"give it as a flag for all: --{name}={value}"
+            if groups == ["budget"]:
+                advice = "leave it to --budget"
+            raise ValueError(
+                f"arm {arm.label}: {name} belongs to the {groups[0]}, which all arms share; "
+                f"{advice}"
+            )
 
 
 def budget_flags(text, script):
-    """The script's flags for --budget."""
-    kind, _, value = text.partition("=")
-    if kind not in BUDGETS or script == "finetune.py" and kind != "flops":
-        raise ValueError(f"--budget {text}: must be steps, flops or seconds, with =VALUE or without; of finetune.py flops, which is its same_flop")
+    """The script's flags for --budget; text: KIND or KIND=VALUE."""
+    kind, _, value = (text or "").partition("=")
+    budgets = SCRIPTS[script].budgets
+    if text is None:
+        return []
+    if kind not in budgets:
+        raise ValueError(f"--budget {text}: for {script} it must be {' or '.join(budgets)}")
     if script == "finetune.py":
         return ["--same_flop=true"]
-    flags = [f"--{BUDGETS[other]}=0" for other in ("flops", "seconds") if other != kind]
-    return flags + ([f"--{BUDGETS[kind]}={value}"] if value else [])
+    flags = [f"--{budgets[other]}=0" for other in ("flops", "seconds") if other != kind]
+    return flags + ([f"--{budgets[kind]}={value}"] if value else [])
 
 
-@dataclass
-class Run:
-    """One run of a grid: where it leaves its files, and how it is started."""
-    arm: Arm
-    seed: int
-    folder: Path
-    command: list
-    log: Path
-    evaluation: Path | None = None
+# --------------------------------------------------------------------------- source and settings
 
-    def result(self):
-        """Its result.json, with the evaluation's where there is one; None while it isn't finished."""
-        files = [*([self.evaluation] if self.evaluation else []), self.folder / "result.json"]
-        if not all(file.is_file() for file in files):
-            return None
-        found = {}
-        for file in files:
-            try:
-                found.update(**json.loads(file.read_text()))
-            except (ValueError, TypeError, RecursionError) as e:
-                again = self.folder if file.name == "result.json" else file
-                raise ValueError(f"{file}: not a JSON object ({e}), so it was damaged; remove {again} and run the grid again") from None
-        if "config" not in found and (self.folder / "config.yaml").is_file():  # finetune.py's, of sections
-            found["config"] = {name: value for section in yaml.safe_load((self.folder / "config.yaml").read_text()).values() for name, value in section.items()}
-        return found
+# It runs in a process of its own, in which Python's path begins with an arm's source.
+READ_SETTINGS = """
+import importlib, json, os, sys
+folder, script, place = sys.argv[1:]
+sys.path.insert(0, folder)
+from nanojepa.runlog import project_sources
+from nanojepa.settings import as_dict, load_settings
+importlib.import_module(script)
+module = importlib.import_module(place)
+more = {"aliases": module.ALIASES} if hasattr(module, "ALIASES") else {"environ": os.environ}
+loaded = [load_settings(module.Config, argv, **more) for argv in json.load(sys.stdin)]
+settings = [(as_dict(one.config), one.origin) for one in loaded]
+print(json.dumps([list(project_sources(folder)), settings]))
+"""
 
 
-def source_folder(arm, out):
-    """The folder whose scripts an arm runs, a copy with the arm's files in it: the project's own may be edited while a grid runs, but for data/."""
-    scripts = {file.name: file.read_bytes() for file in sorted(ROOT.glob("*.py"))} | {name: Path(path).read_bytes() for name, path in arm.files}
-    folder = out / ("source-" + digest(*itertools.chain(*scripts.items())))
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in scripts.items():
+class Settings(NamedTuple):
+    """What a script reads: {name: value} and {name: where it is from}, without sections."""
+
+    values: dict
+    origin: dict
+
+
+def project_files():
+    """{name: path} of the files that runs use: the scripts and nanojepa/."""
+    names = [*SCRIPTS, "model.py", "evaluate.py", *(ROOT / "nanojepa").rglob("*.py")]
+    paths = sorted(ROOT / name for name in names)
+    return {path.relative_to(ROOT).as_posix(): path for path in paths}
+
+
+def digest(*parts):
+    """Eight hexadecimal digits of texts and bytes."""
+    parts = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:8]
+
+
+def copy_source(arm, out):
+    """The folder whose scripts an arm runs: a copy of the project with the arm's files in it.
+
+    So the project may be edited while a grid runs. A script imports what lies beside it, not the
+    installed package.
+    """
+    paths = project_files() | {name: Path(path) for name, path in arm.files}
+    sources = {name: path.read_bytes() for name, path in paths.items()}
+    folder = out / f"source-{digest(*itertools.chain(*sources.items()))}"
+    for name, text in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(text)
-    for name in ("data", "logs"):
+    for name in ("data", "logs"):  # where the scripts look for them
         (ROOT / name).mkdir(exist_ok=True)
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name)
     return folder
 
 
-def digest(*parts):
-    return hashlib.sha256(b"\0".join(p if isinstance(p, bytes) else str(p).encode() for p in parts)).hexdigest()[:8]
+def read_settings(folder, script, flags):
+    """(names of the files that a script is made of, its [Settings]) by the source in a folder.
+
+    flags: for each run the list of its flags. ValueError if the script would refuse them.
+    """
+    command = [sys.executable, "-c", READ_SETTINGS, folder, Path(script).stem]
+    command.append(SCRIPTS[script].config)
+    settings = []
+    done = subprocess.run(command, input=json.dumps(flags), capture_output=True, text=True)
+    if done.returncode:
+        kind, _, message = done.stderr.strip().splitlines()[-1].partition(": ")
+        wrong = message if kind == "ValueError" else f"{folder / script}: {kind}: {message}"
+        raise ValueError(wrong)
+    files, found = json.loads(done.stdout.splitlines()[-1])
+    for values, origin in found:
+        origin = {key.rpartition(".")[2]: where for key, where in origin.items()}
+        settings.append(Settings(without_sections(values), origin))
+    return files, settings
 
 
-def effective(flags, script):
-    """({setting: value}, {setting: where it comes from}) of a run with these flags, in this environment; ValueError where the script would refuse them."""
-    if script == "train_gpt.py":
-        import train_gpt
-        config, origin, _ = load_config(train_gpt.Config, flags, os.environ)
-        return asdict(config), origin
-    import finetune
-    config, origin = load_sections(finetune.Config, flags, finetune.ALIASES)
-    return ({name: value for section in asdict(config).values() for name, value in section.items()}, {key.rpartition(".")[2]: where for key, where in origin.items()})
+def without_sections(settings):
+    """{name: value} of settings that may lie in sections; of two values of a name, the last."""
+    flat = {}
+    for name, value in settings.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def content(path):
-    """What a run's name has of an input: the text of a file; of a folder its weights, or meta.json but for what it says of the source (there are the sums
-    of its shards), or else its place."""
-    from loader import EMBEDDED_DATA
+    """What stands for a file or a folder in a run's name.
+
+    That is the text of a file; of a folder its weights, or its meta.json but for what it says of
+    the source (there are the sums of its shards), or else its place.
+    """
+    from nanojepa.batches import EMBEDDED_DATA  # here, since it imports torch
+
     place = Path(path)
-    if path in EMBEDDED_DATA:  # a run makes it where it is missing
+    if path in EMBEDDED_DATA:  # a run makes it if it is missing
         return path
     for file in (place, place / "model.safetensors"):
         if file.is_file():
             return digest(file.read_bytes())
-    if (file := place / "meta.json").is_file():
-        return digest(json.dumps({name: value for name, value in json.loads(file.read_text()).items() if name not in ("source", "licence", "sha256")}))
-    return str(place.resolve()) if place.is_dir() else path  # a hub's name
+    if (place / "meta.json").is_file():
+        meta = json.loads((place / "meta.json").read_text())
+        kept = {k: v for k, v in meta.items() if k not in ("source", "licence", "sha256")}
+        return digest(json.dumps(kept))
+    return str(place.resolve()) if place.is_dir() else path  # or a name on the hub
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+
+class Run(NamedTuple):
+    """One run of a grid: where it leaves its files, and how it is started."""
+
+    arm: stats.Arm
+    seed: int
+    folder: Path
+    command: list
+    log: Path
+    evaluation: Path | None = None  # the file of the evaluation's numbers, if there is one
+
+    def result(self):
+        """Its result.json, with the evaluation's numbers; None before it is finished."""
+        files = [file for file in (self.evaluation, self.folder / "result.json") if file]
+        if not all(file.is_file() for file in files):
+            return None
+        result = {}
+        for file in files:
+            try:
+                result.update(**json.loads(file.read_text()))
+            except (ValueError, TypeError, RecursionError) as e:
+                again = self.folder if file.name == "result.json" else file
+                raise ValueError(
+                    f"{file}: not a JSON object ({e}), so it was damaged; remove {again} and run "
+                    "the grid again"
+                ) from None
+        config = self.folder / "config.yaml"
+        if "config" not in result and config.is_file():
+            result["config"] = without_sections(yaml.safe_load(config.read_text()))
+        return result
+
+
+class Plan(NamedTuple):
+    arms: list
+    runs: list  # interleaved over the arms
+    settings: Settings  # of the first arm, a twin or the baseline
 
 
 def plan(args, flags, out):
-    """(Arms, their Runs, interleaved). A run's name holds a digest of all that makes its result: settings wherever they come from, inputs, source."""
-    arms, named, runs = parse_arms(args.arms, args.script, args.arm, args.baseline), {}, []
+    """The Plan of a grid; flags: the script's own, for all runs."""
+    arms = parse_arms(args.arms, args.script, args.arm, args.baseline)
     check_arms(arms, args.script, args.budget)
-    flags = [*([f"--config={args.config}"] if args.config else []), *flags, *(budget_flags(args.budget, args.script) if args.budget else [])]
-    for seed, arm in itertools.product(range(args.first_seed, args.first_seed + args.seeds), arms):
-        replaced, given = dict(arm.files), [flag.replace("{seed}", str(seed)) for flag in (*flags, *(f"--{key}={value}" for key, value in arm.settings))]
-        settings, origin = effective(given, args.script)
-        if taken := [name for name in OWN[args.script] if origin[name].startswith("flag")]:
-            raise ValueError(f"--{taken[0]} is set here for every run; see --seeds, --first_seed and --name")
-        code = [Path(replaced.get(file, ROOT / file)).read_bytes() for file in dict.fromkeys((*CODE[args.script], *replaced))]
-        made = {name: content(value) if name in INPUTS and value else value for name, value in settings.items() if name not in OWN[args.script]}
-        folder = ROOT / "logs" / f"{args.name}-{digest(args.script, json.dumps(made), *replaced, *code)}-seed{seed}"
-        if folder in named:
-            raise ValueError(f"arm {arm.label} is the same run as arm {named[folder].label}; leave one out, or change it (an arm without a weight has the config's)")
-        named[folder] = arm
-        where = f"--run_id={folder.name}" if args.script == "train_gpt.py" else f"--output_dir={folder}"
-        evaluation = folder / f"evaluation-{digest(Path(args.evaluate).read_bytes(), args.task)}.json" if args.evaluate else None
-        command = [sys.executable, str(source_folder(arm, out) / args.script), *given, f"--seed={seed}", where]
-        runs.append(Run(arm, seed, folder, command, out / f"{folder.name}.log", evaluation))
-    return arms, runs
+    flags = ([f"--config={args.config}"] if args.config else []) + flags
+    flags += budget_flags(args.budget, args.script)
+    by_source, planned = {}, {}
+    for arm in arms:
+        by_source.setdefault(copy_source(arm, out), []).append(arm)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    for source, own in by_source.items():
+        cells = list(itertools.product(seeds, own))
+        given = [flags_of(arm, seed, flags) for seed, arm in cells]
+        files, found = read_settings(source, args.script, given)
+        for (seed, arm), argv, settings in zip(cells, given, found, strict=True):
+            name = name_run(arm, args.script, settings, source, files)
+            run = make_run(args, arm, seed, name, [source / args.script, *argv], out)
+            planned[seed, arm] = run, settings
+    runs = [planned[seed, arm][0] for seed in seeds for arm in arms]
+    check_different(runs)
+    return Plan(arms, runs, planned[seeds[0], arms[0]][1])
+
+
+def flags_of(arm, seed, flags):
+    flags = [*flags, *(f"--{name}={value}" for name, value in arm.settings)]
+    return [flag.replace("{seed}", str(seed)) for flag in flags]
+
+
+def name_run(arm, script, settings, source, files):
+    """The digest of all that makes a run's result: its settings, its inputs and its source.
+
+    files: names in the folder `source` of what the script is made of.
+    """
+    made = {}
+    for name, value in settings.values.items():
+        if name not in (SCRIPTS[script].seed, SCRIPTS[script].place, "resume"):
+            made[name] = content(value) if name in FILES and value else value
+        elif settings.origin[name].startswith("flag"):
+            raise ValueError(
+                f"arm {arm.label}: {name} is set here for every run; see --seeds, --first_seed "
+                "and --name"
+            )
+    replaced = dict(arm.files)
+    code = [(source / name).read_bytes() for name in dict.fromkeys((*files, *replaced))]
+    return digest(script, json.dumps(made), *replaced, *code)
+
+
+def make_run(args, arm, seed, name, command, out):
+    script, name = SCRIPTS[args.script], f"{args.name}-{name}-seed{seed}"
+    folder, evaluation = ROOT / "logs" / name, None
+    if args.evaluate:
+        test = digest(Path(args.evaluate).read_bytes(), args.task)
+        evaluation = folder / f"evaluation-{test}.json"
+    place = name if script.place == "run_id" else folder
+    own = [f"--{script.seed}={seed}", f"--{script.place}={place}"]
+    command = [sys.executable, *map(str, command), *own]
+    return Run(arm, seed, folder, command, out / f"{name}.log", evaluation)
+
+
+def check_different(runs):
+    """ValueError if two arms make the same run."""
+    arms = {}
+    for run in runs:
+        known = arms.setdefault(run.folder, run.arm)
+        if known != run.arm:
+            raise ValueError(
+                f"arm {run.arm.label} is the same run as arm {known.label}; leave one out, or "
+                "change it (an arm without a weight has the config's)"
+            )
 
 
 def execute(run, args, gpu):
-    """Train and evaluate one run, output into its log, behind that of earlier attempts. It has failed where it has no result then."""
-    steps = [run.command] if not (run.folder / "result.json").is_file() else []
-    if steps and run.folder.exists():
-        run.folder.rename(run.folder.with_name(f"{run.folder.name}.stopped{time.strftime('%Y%m%d-%H%M%S')}"))
-    if args.evaluate:  # by the arm's own source, as its files may have changed the model
-        of = ["--run", run.folder] if args.script == "train_gpt.py" else ["--model", run.folder, "--output", run.evaluation.with_suffix(".jsonl")]
-        evaluate = [sys.executable, Path(run.command[1]).with_name("evaluate.py"), *of, "--data", args.evaluate, *(["--task", args.task] if args.task else [])]
-        steps.append([str(part) for part in evaluate])
+    """Train and evaluate; what both print goes to the run's log, after that of earlier tries.
+
+    The run has failed if it has no result then. gpu: "" for whatever there is.
+    """
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+    trained = (run.folder / "result.json").is_file()
+    if run.folder.exists() and not trained:
+        stopped = time.strftime("stopped%Y%m%d-%H%M%S")
+        run.folder.rename(run.folder.with_name(f"{run.folder.name}.{stopped}"))
     with open(run.log, "ab") as log:
-        for command in steps:
+
+        def call(command, output):
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n".encode())
             log.flush()
-            done = subprocess.run(command, stdout=log if command is run.command else subprocess.PIPE, stderr=log, env=environment)
-            log.write(done.stdout or b"")
-            if done.returncode or done.stdout == b"":
-                return
-        if args.evaluate:
-            write_whole(run.evaluation, done.stdout.strip().splitlines()[-1])
+            return subprocess.run(command, stdout=output, stderr=log, env=environment)
+
+        if not trained and call(run.command, log).returncode:
+            return
+        if run.evaluation:
+            done = call(evaluate_command(run, args), subprocess.PIPE)
+            log.write(done.stdout)
+            if not done.returncode and done.stdout.strip():
+                write_whole(run.evaluation, done.stdout.strip().splitlines()[-1])
 
 
-def number(result, metric):
-    """A finite number of a result, or None."""
-    value = result.get(metric)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+def evaluate_command(run, args):
+    """The command that evaluates a run by the arm's own source: its files may change the model."""
+    script = str(Path(run.command[1]).with_name("evaluate.py"))
+    of = ["--run", str(run.folder)]
+    if args.script == "finetune.py":
+        of = ["--model", str(run.folder), "--output", str(run.evaluation.with_suffix(".jsonl"))]
+    task = ["--task", args.task] if args.task else []
+    return [sys.executable, script, "accuracy", *of, "--data", args.evaluate, *task]
 
 
-def lacking(run, metric):
-    """Why a run has no such number."""
-    result = run.result()
-    return "no result" if result is None else f"{metric} is {json.dumps(result[metric])}" if metric in result else f"no {metric} in its result"
+def execute_all(runs, args, gpus):
+    """Execute runs in their order, one on each of `gpus` at a time; yields those that have ended.
+
+    The next one starts when the caller goes on.
+    """
+    waiting = iter(runs)
+    with ThreadPoolExecutor(len(gpus)) as pool:
+        first = zip(gpus, waiting, strict=False)
+        running = {pool.submit(execute, run, args, gpu): (run, gpu) for gpu, run in first}
+        while running:
+            ended = next(as_completed(running))
+            run, gpu = running.pop(ended)
+            ended.result()
+            yield run
+            for run in itertools.islice(waiting, 1):
+                running[pool.submit(execute, run, args, gpu)] = run, gpu
 
 
-def compare(twin, arm):
-    """Paired comparison of two equally long lists, arm - twin: {"n", "difference", "low", "high" (95%), "p" (t-test), "wilcoxon"}; None of what two seeds can't give."""
-    from scipy import stats
-    differences = [b - a for a, b in zip(twin, arm)]
-    found = {"n": len(differences), "difference": statistics.fmean(differences) if differences else None, "low": None, "high": None, "p": None, "wilcoxon": None}
-    if len(differences) < 2:
-        return found
-    if len(set(differences)) == 1:  # no spread: no test either, but no difference is no evidence
-        return found | {"low": differences[0], "high": differences[0], "p": 1.0 if differences[0] == 0 else None}
-    test = stats.ttest_rel(arm, twin)
-    interval = test.confidence_interval(0.95)
-    return found | {"low": float(interval.low), "high": float(interval.high), "p": float(test.pvalue), "wilcoxon": float(stats.wilcoxon(differences).pvalue)}
-
-
-def holm(p_values):
-    """Holm-corrected p-values, None where there is none. Source: Holm 1979."""
-    order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i])
-    corrected, least = [None] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        least = max(least, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = least
-    return corrected
-
-
-def detectable(spread, n, power=0.8, alpha=0.05):
-    """The difference that a two-sided paired t-test of n pairs, whose differences have this standard deviation, finds with this power."""
-    from scipy import optimize, stats
-    critical = stats.t.ppf(1 - alpha / 2, n - 1)
-    found = lambda d: stats.nct.sf(critical, n - 1, d * n**0.5)  # the other tail is below 1e-3 at any power of interest, and NaN far out
-    most = next(d for d in (0.5 * 1.5**i for i in range(40)) if found(d) > power)
-    return spread * optimize.brentq(lambda d: found(d) - power, 1e-6, most)
-
-
-def unlike(one, other, script):
-    """How two results were made differently, so that neither they nor their times can be compared; None where they weren't."""
-    names = [name for group in ("program", "batch") for name in SHARED[script][group] if name != "compile"]  # whether it worked is what counts
-    a, b = ({name: result.get(name) for name in ("compiled", "data_sha256")} | {name: result.get("config", {}).get(name) for name in names} for result in (one, other))
-    return next((f"{name} is {a[name]} there, {b[name]} here" for name in a if a[name] != b[name]), None)
-
-
-def summarise(arms, runs, script, metric, baseline=None):
-    """(rows of the table, one per arm; the first line of the result) of a grid's runs. baseline: the Arm that all are compared with, in place of twins."""
-    results = {(run.arm, run.seed): run.result() for run in runs}
-    values = {key: value for key, result in results.items() if result and (value := number(result, metric)) is not None}
-    if not values and (finished := [result for result in results.values() if result]):
-        why = f"is {json.dumps(next(r[metric] for r in finished if metric in r))}" if any(metric in r for r in finished) else "no such number"
-        there = sorted({name for result in finished for name in result if number(result, name) is not None})
-        raise ValueError(f"--metric {metric}: {why} in result.json; there are {', '.join(there)}; the {len(finished)} finished runs are kept")
-    rows, spreads = [], []
-    for arm in arms:
-        other, own = baseline or arm.twin(script), {seed: value for (a, seed), value in values.items() if a == arm}
-        missing = {run.seed: lacking(run, metric) for run in runs if run.arm == arm and run.seed not in own}
-        flops = [results[arm, s].get("train_flops") or results[arm, s].get("total_flops") for s in own]
-        row = {"arm": arm.label, "settings": [list(x) for x in arm.settings], "files": [list(x) for x in arm.files], "twin": None if arm == other else other.label,
-               "n": len(own), "failed": len(missing), "missing": missing, "mean": statistics.fmean(own.values()) if own else None,
-               "sd": statistics.stdev(own.values()) if len(own) > 1 else None, "values": own, "flops": statistics.fmean(flops) if flops and all(flops) else None}
-        rows.append(row)
-        if arm == other:
-            continue
-        both = [s for s in own if (other, s) in values]
-        row["refused"] = next((f"{found} (seed {s})" for s in both if (found := unlike(results[other, s], results[arm, s], script))), None)
-        both = [] if row["refused"] else both
-        row["paired"] = compare([values[other, s] for s in both], [values[arm, s] for s in both])
-        per_step = lambda result: result["train_seconds"] / result["steps"]
-        row["time_ratio"] = statistics.median(per_step(results[arm, s]) / per_step(results[other, s]) for s in both) if both else None
-        if len(both) > 1:
-            spreads.append((statistics.variance([values[arm, s] - values[other, s] for s in both]), len(both)))
-    compared = [row for row in rows if "paired" in row]
-    few = [row for row in compared if row["paired"]["n"] < 3 and not row["refused"]]
-    for row, p in zip(compared, holm([None if row in few else row["paired"]["p"] for row in compared])):
-        row["paired"]["holm"] = p
-    known = "; ".join(f"{row['arm']}: mean {row['mean']:.5g}, standard deviation {row['sd']:.2g} over {row['n']} seeds" for row in rows
-                      if row["twin"] is None and row["sd"] is not None)
-    line = f"{metric} of the {'baseline' if baseline else 'twin'}, {known}" if known else f"{metric}: too few finished runs for a spread"
-    if spreads:
-        smallest = detectable(statistics.median(v for v, _ in spreads) ** 0.5, min(n for _, n in spreads))  # of a typical arm
-        line += f"; the smallest difference that this grid could have found (80% power): {smallest:.2g}"
-    if few:
-        line += ". Fewer than 3 seeds: no claim is possible" + ("" if len(few) == len(compared) else f" on {', '.join(row['arm'] for row in few)}")
-    return rows, line
-
-
-def markdown(rows, metric, word="twin"):
-    """The rows as a Markdown table, and below it why values or comparisons are missing. word: what arms are compared with, a twin or the baseline."""
-    show = lambda x, form="{:.5g}": "" if x is None else form.format(x)
-    lines = [f"| arm | n | {metric} | sd | difference to the {word} | 95% interval | p (t, Holm) | p (t) | p (Wilcoxon) | step time | FLOPs | failed |", "|---" * 12 + "|"]
-    notes = []
-    for row in rows:
-        paired = row.get("paired", {})
-        interval = f"{paired['low']:+.5f} .. {paired['high']:+.5f}" if paired.get("low") is not None else ""
-        p = [show(paired.get(name), "{:.3g}") for name in ("holm", "p", "wilcoxon")]
-        p = ["refused" if row["refused"] else "no claim: fewer than 3 seeds", "", ""] if paired and paired["n"] < 3 else p
-        cells = [row["arm"] + ("" if row["twin"] else f" ({word})"), row["n"], show(row["mean"]), show(row["sd"], "{:.2g}"), show(paired.get("difference"), "{:+.5f}"), interval,
-                 *p, show(row.get("time_ratio"), "{:.3f}x"), show(row["flops"], "{:.3g}"), row["failed"] or ""]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-        notes += [f"{row['arm']}: refused, not compared with {row['twin']}: {row['refused']}; run both in the same way"] if row.get("refused") else []
-        notes += [f"{row['arm']}, seed {seed}: {why}" for seed, why in row["missing"].items()]
-    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
-
-
-def standing(arms, runs, metric):
-    """The table so far: a line an arm with its finished runs and their mean."""
-    lines = []
-    for arm in arms:
-        results = [run.result() for run in runs if run.arm == arm]
-        values = [value for result in results if result and (value := number(result, metric)) is not None]
-        lines.append(f"  {arm.label:<{max(len(a.label) for a in arms)}}  {sum(map(bool, results))}/{len(results)}" + (f"  mean {statistics.fmean(values):.5g}" if values else ""))
-    return "\n".join(lines)
-
-
-def curves(axes, folders, labels):
-    """Draw the losses of metrics.jsonl of some runs: training thin, validation with points."""
-    for n, (folder, label) in enumerate(zip(folders, labels)):
-        lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-        for name, style in (("train_loss", "-"), ("ce_loss", "-"), ("val_loss", "o--"), ("eval_loss", "o--")):
-            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
-                axes.plot(*zip(*points), style, color=f"C{n % 10}", linewidth=0.8, markersize=4, label=label)
-                label = "_" + label  # one entry a run
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    if axes.lines:
-        axes.legend(fontsize=7)
-
-
-def draw(path, rows, runs, metric, word):
-    """The difference of each arm with its interval, and the loss curves of the first seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4 + 0.2 * len(rows)), layout="constrained")
-    compared = [row for row in rows if row.get("paired", {}).get("difference") is not None]
-    for y, row in enumerate(compared):
-        paired, twin = row["paired"], next(r for r in rows if r["arm"] == row["twin"])
-        left.plot([row["values"][s] - twin["values"][s] for s in row["values"] if s in twin["values"]], [y] * paired["n"], "|", color="grey")
-        if paired["low"] is not None:
-            left.plot([paired["low"], paired["high"]], [y, y], color="C0")
-        left.plot(paired["difference"], y, "o", color="C0")
-    left.axvline(0, color="black", linewidth=0.8)
-    left.set(yticks=range(len(compared)), yticklabels=[textwrap.fill(row["arm"], 40) for row in compared], xlabel=f"{metric}, arm - {word} (95% interval; lines: seeds); "
-             f"{'right' if metric in HIGHER_IS_BETTER else 'left'} is better")
-    first = [run for run in runs if run.seed == min(r.seed for r in runs) and run.result()]
-    curves(right, [run.folder for run in first], [f"{run.arm.label}, seed {run.seed}" for run in first])
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def report(arms, runs, script, metrics, baseline, argv, out):
-    """Write table.md and result.json of the runs finished so far; returns the rows of the first metric, and the text."""
-    found = [{"metric": metric, "summary": line, "arms": rows} for metric in metrics for rows, line in [summarise(arms, runs, script, metric, baseline)]]
-    text = "\n\n".join(f"{one['summary']}\n\n{markdown(one['arms'], one['metric'], 'baseline' if baseline else 'twin')}" for one in found)
-    made = [{"arm": run.arm.label, "seed": run.seed, "run": run.folder.name, "finished": run.result() is not None} for run in runs]
-    (out / "table.md").write_text(f"{text}\n\nCommand: `python ablate.py {shlex.join(argv)}`\n")
-    (out / "result.json").write_text(json.dumps({"command": argv, "script": script, "baseline": baseline and baseline.label, "tables": found, "runs": made}, indent=1) + "\n")
-    return found[0]["arms"], text
+# ------------------------------------------------------------------------------------------ a grid
 
 
 def run_grid(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--arms", action="append", default=[], metavar="NAME=V,V", help="an axis of the grid: a setting's values, or FILE.py:PATH; several make a grid")
-    parser.add_argument("--arm", action="append", default=[], metavar='"NAME=V NAME=V"', help="one arm beside the grid: its settings, or FILE.py:PATH")
-    parser.add_argument("--baseline", metavar='"NAME=V NAME=V"', help="the arm that all others are compared with (default: each with its own twin)")
-    parser.add_argument("--config", help="the script's YAML file")
-    parser.add_argument("--script", choices=sorted(WEIGHT), default="train_gpt.py", help="what is run (default: train_gpt.py)")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each arm (default: 3)")
-    parser.add_argument("--first_seed", type=int, default=1, help="the first of them (default: 1)")
-    parser.add_argument("--budget", metavar="KIND[=VALUE]", help="what is equal in all arms: steps, flops or seconds (default: what the config says)")
-    parser.add_argument("--metric", help="a number of result.json, or of the evaluation; several, with commas, make a table each (default: val_bpb; of finetune.py eval_loss, with --evaluate the accuracy)")
-    parser.add_argument("--evaluate", metavar="FILE", help="run evaluate.py on this file after each run")
-    parser.add_argument("--task", help="its --task")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1; on one machine more of them disturb each other's times)")
-    parser.add_argument("--gpus", help="GPUs to use, one run on each at a time, e.g. 0,1")
-    parser.add_argument("--name", default="ablation", help="of the grid: its results go to ablations/NAME (default: ablation)")
+    """Make a grid, or what is missing of it; returns the rows of its first metric."""
+    args, flags = parse_flags(argv)
+    script, out = SCRIPTS[args.script], ROOT / "ablations" / args.name
+    metrics = (args.metric or (script.evaluated if args.evaluate else script.metric)).split(",")
+    grid = plan(args, flags, out)
+    left = [run for run in grid.runs if run.result() is None]
+    print(
+        f"{len(grid.arms)} arms x {args.seeds} seeds, {len(grid.runs) - len(left)} runs finished, "
+        f"{len(left)} to do; {', '.join(arm.label for arm in grid.arms)}",
+        flush=True,
+    )
+    values, origin = grid.settings
+    given = [f"{name}={values[name]}" for name in origin if "environment" in origin[name]]
+    if given:
+        print(f"from the environment, for all arms: {', '.join(given)}")
+    gpus = args.gpus.split(",") if args.gpus else [""] * args.jobs
+    began = time.perf_counter()
+    for n, run in enumerate(execute_all(left, args, gpus), 1):
+        rest = timedelta(seconds=round((time.perf_counter() - began) / n * (len(left) - n)))
+        said = f"{run.arm.label}, seed {run.seed}: {outcome(run, grid.runs, metrics[0])}"
+        print(f"{n} of {len(left)} runs, {rest} left: {said}", flush=True)
+        # A metric that isn't there is found out now, not after the last run.
+        if sum(run.result() is not None for run in grid.runs) >= len(grid.arms):
+            report(grid, args, argv, metrics, out)
+    first, text = report(grid, args, argv, metrics, out)
+    title = draw(grid, first, args, out / "ablation.png")
+    print(f"{text}\n\nresult: {title}; see table.md and ablation.png in ablations/{args.name}")
+    return first.arms
+
+
+def outcome(run, runs, metric):
+    """What a run that ended has come to, and the mean of its arm's runs so far."""
+    result = run.result()
+    if result is None:
+        return f"FAILED, see {run.log}"
+    value = stats.number(result, metric)
+    if value is None:
+        return stats.lacking(result, metric)
+    values = [stats.number(other.result(), metric) for other in runs if other.arm == run.arm]
+    values = [other for other in values if other is not None]
+    return f"{metric} {value:.5g}, mean of {len(values)}: {fmean(values):.5g}"
+
+
+def report(grid, args, argv, metrics, out):
+    """Write table.md and result.json of the runs so far; returns (the first Summary, the text)."""
+    word = compared_with(args)
+    trials = [stats.Trial(run.arm.label, run.seed, run.result()) for run in grid.runs]
+    found = [stats.summarise(grid.arms, trials, metric, word) for metric in metrics]
+    text = "\n\n".join(stats.markdown(one, word) for one in found)
+    (out / "table.md").write_text(f"{text}\n\nCommand: `python ablate.py {shlex.join(argv)}`\n")
+    result = {
+        "command": argv,
+        "script": args.script,
+        "baseline": grid.arms[0].label if word == "baseline" else None,
+        "tables": [one._asdict() for one in found],
+        "runs": [
+            {"arm": t.arm, "seed": t.seed, "run": run.folder.name, "finished": t.result is not None}
+            for run, t in zip(grid.runs, trials, strict=True)
+        ],
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    return found[0], text
+
+
+def compared_with(args):
+    return "twin" if args.baseline is None else "baseline"
+
+
+def draw(grid, found, args, path):
+    """Draw the picture of a grid's Summary; returns its title."""
+    finished = [run for run in grid.runs if run.result() is not None]
+    logs = {(run.arm.label, run.seed): read_log(run.folder) for run in finished}
+    objective = grid.settings.values.get("jepa_objective", "")
+    return plots.draw_grid(path, found, logs, compared_with(args), objective)
+
+
+def read_log(folder):
+    """The rows of a run's metrics.jsonl."""
+    file = Path(folder) / "metrics.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{folder}: no metrics.jsonl in it")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def parse_flags(argv):
+    """(the flags of a grid, the list of the script's own); ValueError says what is wrong."""
+    parser = argparse.ArgumentParser(
+        usage="python ablate.py [--config FILE] --arms NAME=V,V [flags]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, arm = parser.add_argument, '"NAME=V NAME=V"'
+    add("--arms", action="append", metavar="NAME=V,V", help="an axis of a grid, or FILE:PATH,PATH")
+    add("--arm", action="append", metavar=arm, help="one arm; FILE:PATH too")
+    add("--baseline", metavar=arm, help="the arm that all are compared with, in place of twins")
+    add("--config", metavar="FILE", help="the script's YAML file")
+    add("--script", choices=SCRIPTS, default="train_gpt.py", help="default: train_gpt.py")
+    add("--seeds", type=int, default=3, metavar="N", help="seeds of each arm (default: 3)")
+    add("--first_seed", type=int, default=1, metavar="N", help="the first of them (default: 1)")
+    budget = "what all arms have: steps, flops or seconds; under bare steps they may set ITERATIONS"
+    add("--budget", metavar="KIND[=V]", help=f"{budget} (default: the config's)")
+    add("--metric", metavar="NAME,NAME", help="numbers of result.json or the evaluation to compare")
+    add("--evaluate", metavar="FILE", help="evaluate each run on this file")
+    add("--task", help="evaluate.py's --task")
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
+    add("--gpus", metavar="0,1", help="GPUs to use, one run on each at a time")
+    add("--name", default="ablation", help="of the folder in ablations/ (default: ablation)")
     args, flags = parser.parse_known_args(argv)
-    for wrong, message in ((args.seeds < 1 or args.jobs < 1, f"--seeds {args.seeds} --jobs {args.jobs}: must be at least 1"),
-                           (args.first_seed < 0, f"--first_seed {args.first_seed}: must be at least 0"),
-                           (args.baseline is not None and not args.budget and args.script == "train_gpt.py", "--baseline needs a --budget: arms that aren't twins may differ in length"),
-                           (not args.arms and not args.arm, "no arms: give --arms NAME=V,V or --arm NAME=V"),
-                           (not re.fullmatch(r"[\w.-]+", args.name), f"--name {args.name}: may hold letters, digits, '_', '.' and '-' only"),
-                           (args.config and not Path(args.config).is_file(), f"--config {args.config}: no such file"),
-                           (args.evaluate and not Path(args.evaluate).is_file(), f"--evaluate {args.evaluate}: no such file")):
-        if wrong:
-            raise ValueError(message)
-    metrics = (args.metric or (METRIC[args.script] if not args.evaluate else "accuracy" if args.script == "finetune.py" else "startswith")).split(",")
-    metric = metrics[0]
-    out = ROOT / "ablations" / args.name
-    arms, runs = plan(args, flags, out)
-    baseline = arms[0] if args.baseline is not None else None
-    out.mkdir(parents=True, exist_ok=True)
-    left = [run for run in runs if run.result() is None]
-    print(f"{len(arms)} arms x {args.seeds} seeds, {len(runs) - len(left)} runs finished, {len(left)} to do; {', '.join(arm.label for arm in arms)}", flush=True)
-    settings, origin = effective(runs[0].command[2:], args.script)
-    if given := [f"{name}={settings[name]}" for name, where in origin.items() if where.startswith("environment")]:
-        print(f"from the environment, for all arms: {', '.join(given)}", flush=True)
-    from tqdm import tqdm
-    workers = args.gpus.split(",") if args.gpus else [""] * args.jobs
-    with ThreadPoolExecutor(len(workers)) as pool, tqdm(total=len(left), desc="runs", disable=None) as bar:  # no bar where the output is a file
-        began, finished, waiting, running = time.perf_counter(), 0, iter(left), {}
-        def start(gpu):
-            if run := next(waiting, None):
-                running[pool.submit(execute, run, args, gpu)] = run, gpu
-        for gpu in workers:
-            start(gpu)
-        while running:
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run, gpu = running.pop(future)
-                future.result()
-                finished += 1
-                value = number(run.result() or {}, metric)
-                shown = f"{metric} {value:.5g}" if value is not None else lacking(run, metric) if run.result() else f"FAILED, see {run.log}"
-                rest = tqdm.format_interval((time.perf_counter() - began) / finished * (len(left) - finished))
-                bar.write(f"{finished} of {len(left)} runs, {rest} left: {run.arm.label}, seed {run.seed}: {shown}\n{standing(arms, runs, metric)}")
-                sys.stdout.flush()
-                bar.update()
-                if sum(run.result() is not None for run in runs) >= len(arms):  # a metric that isn't there: now, not after the last run
-                    report(arms, runs, args.script, metrics, baseline, argv, out)
-                start(gpu)
-    rows, text = report(arms, runs, args.script, metrics, baseline, argv, out)
-    draw(out / "ablation.png", rows, runs, metric, "baseline" if baseline else "twin")
-    print(f"{text}\n\nresult: {out / 'table.md'}, ablation.png and result.json beside it")
-    return rows
+    args.arms, args.arm = args.arms or [], args.arm or []
+    if not args.arms and not args.arm:
+        raise ValueError("no arms: give --arms NAME=V,V or --arm NAME=V")
+    if args.seeds < 1:
+        raise ValueError(f"--seeds {args.seeds}: must be at least 1")
+    if args.baseline is not None and not args.budget and args.script == "train_gpt.py":
+        raise ValueError("--baseline needs a --budget: its arms may differ in length")
+    if not re.fullmatch(r"\w[\w.-]*", args.name):
+        raise ValueError(f"--name {args.name}: may hold letters, digits, '_', '.' and '-' only")
+    return args, flags
 
 
-def best(grid, over):
-    """Of all arms of a finished grid that differ in the setting `over` alone, the one with the best mean of its first metric, as text for --arm."""
-    table, chosen = grid["tables"][0], {}
-    if not any(name == over for row in table["arms"] for name, _ in row["settings"]):
-        raise ValueError(f"--over {over}: no arm sets it; they set {', '.join(sorted({name for row in table['arms'] for name, _ in row['settings']}))}")
-    if left := [row["arm"] for row in table["arms"] if row["failed"]]:
-        raise ValueError(f"not all runs of {left[0]} have a {table['metric']}, so the means don't compare; run the grid again")
+# ---------------------------------------------------------------------------------- other commands
+
+
+def plot(argv):
+    parser = argparse.ArgumentParser(prog="ablate.py plot", description="loss curves of runs")
+    parser.add_argument("runs", nargs="+", help="folders in logs/")
+    parser.add_argument("--out", default="curves.png", help="the picture (default: curves.png)")
+    args = parser.parse_args(argv)
+    plots.draw_curves(args.out, {Path(run).name: read_log(run) for run in args.runs})
+    print(f"result: {args.out}")
+
+
+def best(argv):
+    parser = argparse.ArgumentParser(prog="ablate.py best", description="arms for a next grid")
+    parser.add_argument("grid", help="a folder in ablations/")
+    parser.add_argument("--over", required=True, help="the setting to choose")
+    args = parser.parse_args(argv)
+    grid = json.loads((Path(args.grid) / "result.json").read_text())
+    print(*best_arms(grid["tables"][0], args.over.lower()), sep="\n")
+
+
+def best_arms(table, over):
+    """Of the arms that differ in the setting `over` alone, the one with the best mean, for --arm.
+
+    table: one of a finished grid's result.json.
+    """
+    known = sorted({name for row in table["arms"] for name, _ in row["settings"]})
+    if over not in known:
+        raise ValueError(f"--over {over}: no arm sets it; they set {', '.join(known)}")
+    better, chosen = max if table["metric"] in stats.HIGHER_IS_BETTER else min, {}
     for row in table["arms"]:
+        if row["failed"]:
+            raise ValueError(
+                f"not all runs of {row['arm']} have a {table['metric']}, so the means don't "
+                "compare; run the grid again"
+            )
         rest = str([[pair for pair in row["settings"] if pair[0] != over], row["files"]])
-        better = max if table["metric"] in HIGHER_IS_BETTER else min
         chosen[rest] = better(chosen.get(rest, row), row, key=lambda row: row["mean"])
     return [row["arm"] for row in chosen.values()]
 
 
+@one_line_errors()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    commands = {"plot": plot, "best": best}
     try:
-        if argv[:1] == ["plot"]:
-            parser = argparse.ArgumentParser(prog="ablate.py plot")
-            parser.add_argument("runs", nargs="+", help="folders in logs/")
-            parser.add_argument("--out", default="curves.png", help="the picture (default: curves.png)")
-            args = parser.parse_args(argv[1:])
-            for run in args.runs:
-                if not (Path(run) / "metrics.jsonl").is_file():
-                    raise ValueError(f"{run}: no metrics.jsonl in it")
-            import matplotlib
-            matplotlib.use("Agg")
-            from matplotlib import pyplot
-            figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-            curves(axes, args.runs, [Path(run).name for run in args.runs])
-            figure.savefig(args.out, dpi=110)
-            print(f"result: {args.out}")
-        elif argv[:1] == ["best"]:
-            parser = argparse.ArgumentParser(prog="ablate.py best")
-            parser.add_argument("grid", help="its folder in ablations/")
-            parser.add_argument("--over", required=True, help="the setting to choose")
-            args = parser.parse_args(argv[1:])
-            if not (Path(args.grid) / "result.json").is_file():
-                raise ValueError(f"{args.grid}: no result.json of a grid in it")
-            print(*best(json.loads((Path(args.grid) / "result.json").read_text()), args.over.lower()), sep="\n")
+        if argv and argv[0] in commands:
+            commands[argv[0]](argv[1:])
         else:
             run_grid(argv)
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command continues") from None
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
-    except ImportError as e:
-        raise SystemExit(f'error: needs {e.name}: pip install -e ".[eval]"') from None
 
 
 if __name__ == "__main__":

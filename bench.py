@@ -1,60 +1,121 @@
-"""What a training step costs here: variants interleaved step by step in one process, so that drift of the machine hits all alike.
+"""What a training step costs here: variants are timed in turns, step by step, in one process.
 
-    python bench.py [--rounds 20] [any flag of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
-    python bench.py [--rounds 20] --finetune [any flag of finetune.py, e.g. --config configs/finetune_example.yaml]
+    python bench.py [--rounds 20] [flags of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
+    python bench.py [--rounds 20] --finetune [flags of finetune.py]
 
-Text. Variants, compiled: off (no JEPA term), span (JEPA_UPDATE=coupled), decoupled (with its own pass over JEPA_ROWS_FRAC of the
-rows, and its own optimizer), off again (the same as off: what noise alone does to a ratio); eager (no term, not compiled). A
-ratio is the median over the rounds of the two step times in one round. The share of the matmul peak counts the model's own
-matrix work (GPT.flops), not the optimizer's, over the best of interleaved large products of the same dtype, and of bfloat16.
-JEPA_LAMBDA is 0.1 where it isn't set.
+A ratio is the median over the rounds of two variants' times in one round, so a machine that
+becomes slower or faster hits both alike. JEPA_LAMBDA is 0.1 if it isn't set; with COMPILE=0
+nothing is compiled.
 
-Pairs (DATA_PATH of data/pairs.py). Forward and backward of the examples of the first step, without the optimizer, all of them
-compiled (or none, COMPILE=0):
-packed NTP; one example a row, padded to the longest of the step; the packed pair objective; and that objective as three
-passes over padded rows (trunk, Text with [PRED], Code), padded to the longest of the step and to 512 tokens, the latter on
-the first 32 examples. Choose TRAIN_SEQ_LEN by it: longer rows pack better, and cost more attention.
+Text: whole steps. off has no term; each objective is on in turn; off again shows what noise does
+to a ratio; eager is off, not compiled. The share of the peak is the matrix work of the network
+(GPT.flops; the optimizer's isn't counted) over that of square products in the run's own dtype.
 
---finetune. Forward and backward of one micro-batch of batch_size examples (pair or step), without the optimizer: packed; and as
-fine-tuning scripts do it, three passes over padded rows with the hidden states of all layers and logits everywhere, padded to
-the batch's longest sequence and to max_length; packed without the term. Rounds take one micro-batch after the other.
+Pairs and groups: forward and backward of the examples of the first step, without the optimizer.
+First they have no term; then each objective is on that has something to compare in them. They are
+packed, or padded as fine-tuning scripts do it: each trunk and each view has a row of its own, as
+long as the longest of them. TRAIN_SEQ_LEN can be chosen by it: longer rows pack better, and cost
+more attention.
+
+--finetune: forward and backward of a micro-batch of batch_size examples, without the optimizer.
+They are packed, or padded to the longest document and to max_length, with the hidden states of
+all layers and logits everywhere, as fine-tuning scripts have them.
 """
+
 import argparse
-import dataclasses
 import os
 import statistics
-import sys
-import time
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-import jepa
 import train_gpt
-from config import load_config, load_sections
-from loader import Batch, PairData, open_data
-from model import norm
+from nanojepa.batches import divide_batch, draw_step, open_data
+from nanojepa.device import Clock, start_process
+from nanojepa.files import one_line_errors, progress
+from nanojepa.objectives import OBJECTIVES, StepRandom
+from nanojepa.packing import Item, fill_rows
+from nanojepa.settings import load_settings
 
-MATMUL_SIZE = {"cuda": 8192, "cpu": 2048}
+PEAK_SECONDS = 0.02  # a product that takes so long shows what the hardware can do
+
+# ---------------------------------------------------------------------------------- measuring
 
 
-def timed(f, device):
-    """Seconds that f() takes, the device's work included."""
-    clock = train_gpt.Clock(device)
+class Cost(NamedTuple):
+    seconds: list  # in each round
+    memory: int  # bytes at the peak
+
+
+def measure(steps, rounds, device, persistent, after_round=None):
+    """The Cost of each of these steps, {name: step}; step(n) computes the n-th one.
+
+    persistent: see peak_memory. after_round: called after every round.
+    """
+    for step in progress(steps.values(), "compiling and warming up"):
+        step(0)
+        step(1)
+    seconds = {name: [] for name in steps}
+    for n in progress(range(rounds), "rounds"):
+        # In every second round the order is reversed: no variant always follows another.
+        for name in list(steps)[:: -1 if n % 2 else 1]:
+            seconds[name].append(timed(partial(steps[name], n), device))
+        if after_round is not None:
+            after_round()
+    return {
+        name: Cost(seconds[name], peak_memory(partial(step, 0), device, persistent))
+        for name, step in steps.items()
+    }
+
+
+def print_table(costs, unit, units, column, values):
+    """Print a line for each variant, and as the last line the ratios of their times to the first.
+
+    units: how many tokens or examples (unit) a step has. values: {name: text} of one more column.
+    """
+    base, width, times = next(iter(costs)), max(map(len, costs)), []
+    print(
+        f"{'variant':{width}} {'ms/step':>10} {unit + '/s':>12} {column:>15} {'memory MB':>10}   "
+        f"time and memory over {base}"
+    )
+    for name, (seconds, memory) in costs.items():
+        rounds = zip(seconds, costs[base].seconds, strict=True)
+        time = f"{statistics.median(own / other for own, other in rounds):.3f}x"
+        times.append(f"{name} {time}")
+        typical = statistics.median(seconds)
+        print(
+            f"{name:{width}} {1000 * typical:10.1f} {units / typical:12.1f} {values[name]:>15} "
+            f"{memory / 2**20:10.1f}   {time} {memory / costs[base].memory:.3f}x"
+        )
+    print(f"result: time over {base}: {', '.join(times[1:])}")
+
+
+def timed(compute, device):
+    """The seconds that compute() takes, the device's work included."""
+    clock = Clock(device)
     clock.start()
-    f()
+    compute()
     clock.stop()
     return clock.passed
 
 
-def peak_memory(step, device, persistent):
-    """Peak bytes of tensors while step() runs: CUDA's own counter; on a CPU persistent, what stood before, plus the profiler's record."""
+def peak_memory(compute, device, persistent):
+    """The most bytes that tensors take while compute() runs.
+
+    CUDA counts them. On a CPU the profiler records what is allocated and freed; persistent is what
+    was allocated before.
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        step()
+        compute()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        compute()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
@@ -63,228 +124,272 @@ def peak_memory(step, device, persistent):
     return persistent + peak
 
 
-def three_passes(model, cfg, trunk, text, code, jepa_lambda):
-    """gamma * CE + lambda * JEPA as existing fine-tuning scripts compute it: three forward passes over padded rows.
+def size_of(tensors):
+    return sum(tensor.nbytes for tensor in tensors)
 
-    trunk: (idx, targets, num_targets); text: (idx, index of the last [PRED]), code: (idx, index of the last token), with
-    weight; rows are padded on the right, which causal attention doesn't see.
+
+class MatmulPeak:
+    """The best FLOP/s of square products in one dtype, `flops`; measure() tries once more.
+
+    The size is doubled until a product takes PEAK_SECONDS. So a dtype that the CPU emulates takes
+    no longer than another: about a second in all.
     """
-    ce = model.cross_entropy(model._run_blocks(trunk[0], -1)[0], trunk[1]) / trunk[2]
-    ends = []
-    for idx, last in (text, code[:2]):
-        h = model._run_blocks(idx, cfg.jepa_layer)[1]
-        ends.append((norm(h) if cfg.jepa_norm else h)[torch.arange(len(last), device=h.device), last].float())
-    if model.predictor is not None:
-        ends[0] = model.predictor(ends[0])
-    term = jepa.distance(*ends, cfg.jepa_distance, code[2])
-    return cfg.jepa_gamma * ce + jepa_lambda * term, ce.detach(), term.detach()
+
+    def __init__(self, dtype, device):
+        self.device, self.size, self.flops, seconds = device, 64, 0.0, 0.0
+        while seconds < PEAK_SECONDS and self.size < 8192:
+            self.size *= 2
+            self.factors = torch.randn(2, self.size, self.size, device=device).to(dtype)
+            self.measure()  # the first product may load a kernel
+            seconds = self.measure()
+
+    def measure(self):
+        """The seconds of one product."""
+        seconds = timed(partial(torch.matmul, *self.factors), self.device)
+        self.flops = max(self.flops, 2 * self.size**3 / seconds)
+        return seconds
 
 
-def pad_rows(sequences, length, rows, value=0):
-    """Token sequences as chunks of (rows, length), int64, the rest filled with value."""
-    out = torch.full((-(-len(sequences) // rows) * rows, length), value)
-    for i, tokens in enumerate(sequences):
-        out[i, :len(tokens)] = torch.as_tensor(tokens)
-    return out.split(rows)
+# -------------------------------------------------------------------------------- pretraining
 
 
-def three_pass_batches(data, cfg, views, length, rows):
-    """The arguments of three_passes for these examples, a list of chunks of `rows` rows padded to length."""
-    trunks = [[data.doc_token, *text, data.separator, *code, data.doc_token] for text, code in views]
-    first = [len(text) + 2 if cfg.loss_on == "target" else 1 for text, _ in views]
-    targets = [[-1] * (f - 1) + t[f:] for f, t in zip(first, trunks)]
-    texts, codes = [[data.doc_token, *text, *data.preds] for text, _ in views], [[data.doc_token, *code] for _, code in views]
-    last = lambda sequences: pad_rows([[len(s) - 1] for s in sequences], 1, rows)
-    count = torch.tensor(float(sum(t >= 0 for row in targets for t in row)))
-    weights = torch.zeros(-(-len(views) // rows) * rows)
-    weights[:len(views)] = 1 / len(views)
-    chunks = zip(pad_rows(trunks, length, rows), pad_rows(targets, length, rows, -1), pad_rows(texts, length, rows), last(texts),
-                 pad_rows(codes, length, rows), last(codes), weights.split(rows))
-    return [((i, t, count), (x, ex[:, 0]), (y, ey[:, 0], w)) for i, t, x, ex, y, ey, w in chunks]
+def bench_pretraining(argv, rounds):
+    """Time the steps of train_gpt.py and print the table."""
+    cfg, _, warnings = load_settings(train_gpt.Config, argv, os.environ)
+    rank, world_size, device = start_process()
+    cfg = replace(cfg, jepa_lambda=cfg.jepa_lambda or 0.1)
+    data = open_data(cfg)
+    share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
+    run = train_gpt.build_run(cfg, data, share)
+    if cfg.compile:
+        # Every objective and every length of a row is one more graph of the same function.
+        torch._dynamo.config.recompile_limit = 100
+        run = train_gpt.compiled(run)
+    for line in [*warnings, *data.warnings, *train_gpt.describe(run)]:
+        print(line)
+    print_machine(device)
+    paired = hasattr(data, "examples_of")
+    objectives = {
+        name: train_gpt.build_objective(replace(cfg, jepa_objective=name), data, device)
+        for name, kind in OBJECTIVES.items()
+        if paired or not kind.needs_pairs
+    }
+    for objective in objectives.values():
+        data.check_micro_batch(share, objective)
+    if paired:
+        bench_examples(run, objectives, rounds)
+    else:
+        bench_text(run, objectives, rounds)
 
 
-def bench_pairs(cfg, data, model, share, rounds):
-    """Time and print the variants of pairs data."""
-    if not data.paired or cfg.jepa_objective != "pair" or cfg.jepa_reverse or cfg.jepa_pred_position == "front" or cfg.jepa_distance == "infonce":
-        raise ValueError("the padded variants are written for pairs, JEPA_OBJECTIVE=pair, [PRED] at the end, Text predicting Code, and no infonce")
-    device, T, R = share.device, cfg.train_seq_len, share.micro_rows
+def print_machine(device):
+    name = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(f"{name}, torch {torch.__version__}")
+
+
+def bench_text(run, objectives, rounds):
+    """Time whole steps of rows of text."""
+    cfg, share = run.cfg, run.share
+    everything = torch.nn.ModuleList(objectives.values())
+    run = replace(run, optimizers=train_gpt.build_optimizers(run.model, everything, cfg))
+    off = replace(run, cfg=replace(cfg, jepa_lambda=0.0), objective=None)
+    runs = {"off": off}
+    runs |= {name: replace(run, objective=objective) for name, objective in objectives.items()}
+    runs["off again"] = off
+    if cfg.compile:
+        runs["eager"] = replace(off, loss_fn=train_gpt.training_loss)
+    peak = MatmulPeak(run.model.config.dtype, share.device)
+    flops = train_step(off, 0).flops / share.world_size
+    state = [x for o in run.optimizers for values in o.state.values() for x in values.values()]
+    persistent = size_of(run.model.parameters()) + size_of(state)
+    steps = {name: partial(train_step, each) for name, each in runs.items()}
+    costs = measure(steps, rounds, share.device, persistent, peak.measure)
+    print(f"matmul peak: {peak.flops / 1e12:.3g} TFLOP/s in {run.model.config.dtype}")
+    shares = {
+        name: f"{flops / statistics.median(cost.seconds) / peak.flops:.1%}"
+        for name, cost in costs.items()
+    }
+    print_table(costs, "tokens", cfg.train_batch_tokens, "share of peak", shares)
+
+
+def train_step(run, n):
+    jepa_lambda = None if run.objective is None else run.cfg.jepa_lambda
+    return train_gpt.training_step(run, n, 0.0, jepa_lambda)
+
+
+def bench_examples(run, objectives, rounds):
+    """Time forward and backward of the pairs or groups of a step, packed and padded."""
+    data, steps, encoded = run.data, {}, {}
     views = [data.sets["train"].views(e) for e in data.examples_of(0)]
-    weight = torch.tensor(cfg.jepa_lambda, device=device)
-    loss_fn, passes = (torch.compile(f, fullgraph=True, dynamic=False) if cfg.compile else f for f in (train_gpt.training_loss, three_passes))
-    longest = max(len(text) + len(code) + 3 for text, code in views)
-    longest = max(longest, max(len(text) for text, _ in views) + 1 + cfg.jepa_pred_tokens)
-    rows = lambda length: max(1, R * T // length)  # micro-batches of as many tokens everywhere
-    alone = [Batch(i, t, count) for (i, t, count), _, _ in three_pass_batches(data, cfg, views, longest, rows(longest))]
-    variants = {"NTP packed": (loss_fn, data.load(0, share, False)[0], len(views)), "NTP unpacked": (loss_fn, alone, len(views)),
-                "pair packed": (loss_fn, data.load(0, share, True)[0], len(views)),
-                "3 passes, longest": (passes, three_pass_batches(data, cfg, views, longest, rows(longest)), len(views)),
-                "3 passes, 512": (passes, three_pass_batches(data, cfg, views[:32], 512, rows(512)), min(32, len(views)))}
-
-    def move(x):
-        return tuple(map(move, x)) if isinstance(x, tuple) else x.to(device)
-
-    def step(name):
-        f, batches, _ = variants[name]
-        for batch in batches:
-            arguments = (cfg, batch.to(device), weight if batch.views else None) if f is loss_fn else (cfg, *move(batch), weight)
-            f(model, *arguments)[0].backward()
-        model.zero_grad()
-
-    seconds = interleave(step, variants, rounds, device)
-    tokens = {name: sum(b.idx.numel() if f is loss_fn else sum(part[0].numel() for part in b) for b in batches) for name, (f, batches, _) in variants.items()}
-    trunks = sum(len(text) + len(code) + 3 for text, code in views)
-    speed = lambda name: variants[name][2] / statistics.median(seconds[name])
-    ratio = lambda x, y: statistics.median(b / variants[y][2] / (a / variants[x][2]) for a, b in zip(seconds[x], seconds[y]))
-    print(f"\n{len(views)} examples of {trunks / len(views):.1f} trunk tokens on average, at most {longest} with [PRED], rows of {T}, micro-batches of {R} rows, "
-          f"{model.config.dtype} on {device.type}, torch {torch.__version__}")
-    print(f"{'variant':20} {'ms/example':>11} {'examples/s':>11} {'tokens/example':>15} {'of NTP packed':>14}")
-    for name, (_, _, count) in variants.items():
-        print(f"{name:20} {1000 / speed(name):11.2f} {speed(name):11.1f} {tokens[name] / count:15.1f} {1 / ratio(name, 'NTP packed'):13.2f}x")
-    print(f"result: examples/s, packed over unpacked NTP {ratio('NTP packed', 'NTP unpacked'):.2f}x; pair over NTP: tokens {tokens['pair packed'] / tokens['NTP packed']:.2f}x, "
-          f"time {1 / ratio('pair packed', 'NTP packed'):.2f}x; packed pair over three passes padded to {longest}: {ratio('pair packed', '3 passes, longest'):.2f}x, "
-          f"to 512: {ratio('pair packed', '3 passes, 512'):.1f}x")
+    for name, objective in {"no term": None, **objectives}.items():
+        examples = [data.layout(v, objective) for v in views]
+        if all(example.no_term for example in examples):
+            continue
+        layouts = {"packed": data.read(0, run.share, objective).batches}
+        # Otherwise the term needs no documents that the trunks aren't.
+        if objective is None or objective.needs_pairs:
+            layouts["padded"] = pad_step(run, examples)
+        for layout, batches in layouts.items():
+            if objective is not None:
+                draw_step(objective, batches, run.cfg.seed, 0)
+            each = replace(run, objective=objective)
+            steps[f"{name} {layout}"] = partial(forward_backward, each, batches)
+            tokens = sum(batch.idx.numel() for batch in batches)
+            encoded[f"{name} {layout}"] = f"{tokens / len(views):.1f}"
+    costs = measure(steps, rounds, run.share.device, size_of(run.model.parameters()))
+    print_table(costs, "examples", len(views), "tokens/example", encoded)
 
 
-def padded_passes(trainer, examples, length):
-    """(sum of CE over labels, sum of the distance over pairs) of jepa.Examples of a trunk and one pair of views, as three forward
-    passes over rows padded to length (0: to the longest)."""
-    model, cfg = trainer.model, trainer.cfg
-    trunks, pairs = [e.documents[0] for e in examples], [e.pairs[0] for e in examples if e.pairs]
-    inside = lambda d, at: (d.trunk[:d.fork + 1] + d.branch)[:at + 1] if d.branch else d.trunk[:at + 1]
-    views = [[inside(e.documents[pair[side][0]], pair[side][1]) for e in examples for pair in e.pairs] for side in (0, 1)]
-    longest = length or max(map(len, [d.trunk for d in trunks] + views[0] + views[1]))
+def forward_backward(run, batches, n):
+    jepa_lambda = torch.tensor(run.cfg.jepa_lambda, device=run.share.device)
+    for batch in batches:
+        batch = batch.to(run.share.device)
+        run.loss_fn(run.model, run.objective, run.cfg, batch, jepa_lambda).loss.backward()
+    run.model.zero_grad()
 
-    def passes(sequences):
-        ids, = pad_rows(sequences, longest, len(sequences), trainer.filler)
-        mask, = pad_rows([[1] * len(s) for s in sequences], longest, len(sequences))
-        device = trainer.args.device
-        out = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, output_hidden_states=True)
-        return out.logits, out.hidden_states[-1][torch.arange(len(ids)), [len(s) - 1 for s in sequences]].float()
 
-    logits, _ = passes([d.trunk for d in trunks])
-    targets, = pad_rows([[-1] * (d.loss_on.start - 1) + d.trunk[d.loss_on.start:d.loss_on.stop] for d in trunks], longest, len(trunks), -1)
-    ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten().to(logits.device), ignore_index=-1, reduction="sum")
-    if not pairs:
-        return ce, ce * 0
-    u, v = (passes(sequences)[1] for sequences in views)
-    return ce, jepa.distance(u, v, cfg.distance, torch.ones(len(u), device=u.device))
+# --------------------------------------------------------------------------------- padded rows
+
+
+def alone(example):
+    """The Example with each of its views in a document of its own."""
+    result = example.without_term()
+    for pair in example.pairs:
+        result.add_pair(*(encoded_up_to(example.documents[number], at) for number, at in pair))
+    return result
+
+
+def encoded_up_to(document, at):
+    """The tokens of a document as it lies in a row, up to a place in it."""
+    if document.branch:
+        return (document.trunk[: document.fork + 1] + document.branch)[: at + 1]
+    return document.trunk[: at + 1]
+
+
+def pad_step(run, examples):
+    """A step's examples in padded Batches of one shape, about as large as its micro-batches."""
+    examples = [alone(example) for example in examples]
+    longest = max(len(d) for example in examples for d in example.documents)
+    most = max(len(example.documents) for example in examples)
+    size = max(1, run.share.micro_rows * run.cfg.train_seq_len // (longest * most))
+    batches = [
+        pad_rows(examples[n : n + size], run.data.doc_token, longest, size * most)
+        for n in range(0, len(examples), size)
+    ]
+    num_targets = sum((batch.targets >= 0).sum() for batch in batches)
+    for batch in batches:
+        batch.num_targets = num_targets.float()
+    return batches
+
+
+def pad_rows(examples, filler, length=0, rows=0):
+    """The Batch of Examples that alone() gave, with a row for each document.
+
+    It has at least so many rows, of at least so many tokens.
+    """
+    documents = [document for example in examples for document in example.documents]
+    length, rows = max(length, *map(len, documents)), max(rows, len(documents))
+    items, row, first_item = [], 0, 0
+    for group, example in enumerate(examples):
+        places = [(row + n, 0) for n in range(len(example.documents))]
+        items.append(Item(example, places, group, first_item))
+        row, first_item = row + len(places), first_item + len(example.pairs)
+    batch = fill_rows(items, rows, length, filler, room=rows)
+    batch.total_items = max(1, first_item)
+    # Causal attention needs neither: it doesn't see the padding, which follows.
+    batch.positions = batch.ends = None
+    return batch
+
+
+# -------------------------------------------------------------------------------- fine-tuning
 
 
 def bench_finetune(argv, rounds):
-    """Time and print the variants of fine-tuning."""
-    import finetune
-    cfg, _ = load_sections(finetune.Config, argv, finetune.ALIASES)
-    t = cfg.training
-    if not cfg.ratio or t.span or t.linear_predictor or t.infonce:
-        raise ValueError("the padded variants are written for pair and step, without linear_predictor and infonce")
-    trainer = finetune.make_trainer(cfg)
-    trainer._move_model_to_device(trainer.model, trainer.args.device)
-    examples, size, device = trainer.train_dataset, t.batch_size, trainer.args.device
-    chunks = [examples[i:i + size] for i in range(0, len(examples) - size + 1, size)]
-    packs = {"packed": True, "packed, no term": False}
-    variants = {**packs, "3 passes, longest": 0, f"3 passes, {cfg.dataset.max_length}": cfg.dataset.max_length}
-    trainer.model.train()
+    """Time the micro-batches of finetune.py and print the table."""
+    # transformers and peft are an extra of the package.
+    from nanojepa.hf.run import make_trainer
+    from nanojepa.hf.settings import ALIASES, Config
 
-    def losses(name, chunk):
-        if name not in packs:
-            with torch.autocast(device.type, finetune.DTYPES[t.dtype], enabled=t.dtype != "float32"):
-                return padded_passes(trainer, chunk, variants[name])
-        parts = [trainer.sums(trainer.model, trainer._prepare_inputs(batch)) for batch in trainer.pack(chunk, packs[name], None)]
-        return sum(ce for ce, _ in parts), sum(term for _, term in parts if term is not None)
-
-    def step(name):
-        chunk = chunks[len(seen) // len(variants) % len(chunks)]
-        seen.append(name)
-        ce, term = losses(name, chunk)
-        (t.gamma * ce + t.lbd * term).backward()
-        trainer.model.zero_grad()
-
-    seen = []
-    seconds = interleave(step, variants, rounds, device)
-    persistent = 2 * sum(p.numel() * p.element_size() for p in trainer.model.parameters() if p.requires_grad)
-    memory = {name: peak_memory(lambda: step(name), device, persistent) for name in variants}
-    ratio = lambda name: statistics.median(b / a for a, b in zip(seconds["packed"], seconds[name]))
-    print(f"\n{sum(p.numel() for p in trainer.model.parameters()):,} parameters, {size} examples of {sum(len(e.documents[0].trunk) for e in examples) / len(examples):.1f} trunk "
-          f"tokens, {t.dtype} on {device.type}, torch {torch.__version__}")
-    print(f"{'variant':20} {'examples/s':>11} {'memory MB':>10} {'time of packed':>15}")
-    for name in variants:
-        print(f"{name:20} {size / statistics.median(seconds[name]):11.1f} {memory[name] / 2**20:10.1f} {ratio(name):14.2f}x")
-    print(f"result: examples/s of packed over three passes padded to the longest {ratio('3 passes, longest'):.2f}x, to {cfg.dataset.max_length} "
-          f"{ratio(f'3 passes, {cfg.dataset.max_length}'):.1f}x; memory of packed over them {memory['packed'] / memory['3 passes, longest']:.2f}x, "
-          f"{memory['packed'] / memory[f'3 passes, {cfg.dataset.max_length}']:.2f}x; time over no term {1 / ratio('packed, no term'):.2f}x")
+    cfg = load_settings(Config, argv, aliases=ALIASES).config
+    if not cfg.objective:
+        raise ValueError("training: there is no term; remove regular, or set lbd above 0")
+    trainer = make_trainer(cfg)
+    model, device, size = trainer.model, trainer.args.device, cfg.training.batch_size
+    trainer._move_model_to_device(model, device)
+    model.train()
+    examples = trainer.train_dataset
+    # All micro-batches have the same number of examples.
+    firsts = range(0, max(1, len(examples) - size + 1), size)
+    chunks = [examples[first : first + size] for first in firsts]
+    sums = {"packed": partial(packed_sums, term=True), "no term": partial(packed_sums, term=False)}
+    if trainer.objective.needs_pairs:
+        length = cfg.dataset.max_length
+        sums |= {"padded": padded_sums, f"padded to {length}": partial(padded_sums, length=length)}
+    steps = {
+        name: partial(finetune_step, trainer, chunks, compute) for name, compute in sums.items()
+    }
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.training.dtype}")
+    print_machine(device)
+    costs = measure(steps, rounds, device, size_of(model.parameters()))
+    print_table(costs, "examples", len(chunks[0]), "", dict.fromkeys(steps, ""))
 
 
-def interleave(step, names, rounds, device, between=lambda: None):
-    """Seconds of step(name) per name and round, after two steps of each to compile and warm up."""
-    for name in names:
-        print(f"compiling and warming up: {name}", flush=True)
-        step(name)
-        step(name)
-    seconds, began = {name: [] for name in names}, time.perf_counter()
-    for n in range(rounds):
-        order = list(names) if n % 2 == 0 else list(names)[::-1]  # no variant always follows the same one
-        for name in order:
-            seconds[name].append(timed(lambda: step(name), device))
-        between()
-        left = (time.perf_counter() - began) / (n + 1) * (rounds - n - 1)
-        print(f"round {n + 1}/{rounds}, {left:.0f} s left", end="\r" if sys.stdout.isatty() else "\n", flush=True)
-    return seconds
+def finetune_step(trainer, chunks, compute, n):
+    """Forward and backward of a chunk; compute: returns (sum of CE, sum of the term or None)."""
+    training = trainer.cfg.training
+    ce, term = compute(trainer, chunks[n % len(chunks)])
+    loss = training.gamma * ce
+    if term is not None:
+        loss = loss + training.lbd * term
+    loss.backward()
+    trainer.model.zero_grad()
 
 
+def packed_sums(trainer, examples, term):
+    """(sum of CE, sum of the term or None) of examples, as the trainer computes them."""
+    batches = [batch.to(trainer.args.device) for batch in trainer.pack(examples, term)]
+    ce, terms = zip(*(trainer.sums(trainer.model, batch) for batch in batches), strict=True)
+    return sum(ce), sum(terms) if term else None
+
+
+def padded_sums(trainer, examples, length=0):
+    """The same of padded rows, as fine-tuning scripts compute them.
+
+    length: of the rows, at least that of the longest document.
+    """
+    from nanojepa.hf.model import DTYPES
+
+    batch = pad_rows([alone(example) for example in examples], trainer.filler, length)
+    rng = StepRandom(0, 0, batch.items, batch.total_items)
+    batch.drawn = trainer.objective.draw(batch, rng)
+    batch = batch.to(trainer.args.device)
+    dtype = DTYPES[trainer.cfg.training.dtype]
+    with torch.autocast(batch.idx.device.type, dtype, enabled=dtype != torch.float32):
+        output = trainer.model(input_ids=batch.idx, use_cache=False, output_hidden_states=True)
+        logits, targets = output.logits.flatten(0, 1).float(), batch.targets.flatten()
+        ce = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+        states = output.hidden_states[-1]
+        return ce, trainer.objective.loss(None, batch, states, batch.drawn)
+
+
+@one_line_errors()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each variant (default: 20)")
-    parser.add_argument("--finetune", action="store_true", help="the other flags are finetune.py's")
-    own, rest = parser.parse_known_args()
-    try:
-        if own.finetune:
-            return bench_finetune(rest, own.rounds)
-        cfg, _, warnings = load_config(train_gpt.Config, rest, os.environ)
-        print(*warnings, sep="\n", end="\n" if warnings else "")
-        rank, world_size, device = train_gpt.start_process()
-        cfg.jepa_lambda = cfg.jepa_lambda or 0.1
-        coupled, decoupled = dataclasses.replace(cfg, jepa_update="coupled"), dataclasses.replace(cfg, jepa_update="decoupled", jepa_gamma=1.0)
-        data = open_data(cfg)
-        share = train_gpt.divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
-        model = train_gpt.build_model(cfg, data.vocab_size, device)
-        if isinstance(data, PairData):
-            return bench_pairs(cfg, data, model, share, own.rounds)
-    except ValueError as e:
-        raise SystemExit(f"error: {e}") from None
-    compiled = torch.compile(train_gpt.training_loss, fullgraph=True, dynamic=False)
-    updates = train_gpt.build_updates(model, decoupled)
-    variants = {"off": (compiled, coupled, None), "span": (compiled, coupled, cfg.jepa_lambda), "decoupled": (compiled, decoupled, cfg.jepa_lambda),
-                "off again": (compiled, coupled, None), "eager": (train_gpt.training_loss, coupled, None)}
-
-    def step(name):
-        loss_fn, own, weight = variants[name]
-        train_gpt.training_step(model, loss_fn, updates, own, data, share, len(peaks[torch.bfloat16]), 0.0, weight)
-
-    def matmul(dtype, n=MATMUL_SIZE[device.type]):
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        a @ b
-        return 2 * n**3 / timed(lambda: a @ b, device)
-
-    peaks = {model.config.dtype: [], torch.bfloat16: []}
-    seconds = interleave(step, variants, own.rounds, device, lambda: [peaks[dtype].append(matmul(dtype)) for dtype in peaks])
-    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors if torch.is_tensor(t))
-    weights, (state, of_term) = size(model.parameters()), [sum(size(s.values()) for o in optimizers for s in o.state.values()) for optimizers in updates]
-    memory = {name: peak_memory(lambda: step(name), device, weights + state + of_term) - (of_term if name != "decoupled" else 0) for name in variants}
-
-    T = cfg.train_seq_len
-    flops = model.flops(cfg.train_batch_tokens, cfg.train_batch_tokens * (T + 1) // 2) / world_size
-    peak = {dtype: max(values) for dtype, values in peaks.items()}
-    ratio = lambda name, base="off": statistics.median(x / y for x, y in zip(seconds[name], seconds[base]))
-    print(f"\n{sum(p.numel() for p in model.parameters()):,} parameters, {cfg.train_batch_tokens:,} tokens a step, rows of {cfg.train_seq_len}, "
-          f"{model.config.dtype} on {torch.cuda.get_device_name() if device.type == 'cuda' else f'{torch.get_num_threads()} CPU threads'}, torch {torch.__version__}")
-    print("matmul peak: " + ", ".join(f"{dtype} {value / 1e12:.3g} TFLOP/s" for dtype, value in peak.items()))
-    print(f"{'variant':10} {'ms/step':>9} {'tokens/s':>10} {'share of peak':>14} {'of bf16 peak':>13} {'memory MB':>10} {'time/off':>9} {'memory/off':>11}")
-    for name in variants:
-        s = statistics.median(seconds[name])
-        print(f"{name:10} {1000 * s:9.1f} {cfg.train_batch_tokens / s:10.0f} {flops / s / peak[model.config.dtype]:14.1%} "
-              f"{flops / s / peak[torch.bfloat16]:13.1%} {memory[name] / 2**20:10.1f} {ratio(name):9.3f} {memory[name] / memory['off']:11.3f}")
-    print(f"result: span/off time {ratio('span'):.3f} memory {memory['span'] / memory['off']:.3f}, decoupled/off time {ratio('decoupled'):.3f}, off/off time {ratio('off again'):.3f}, "
-          f"compiled/eager time {1 / ratio('eager'):.3f}")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="steps of each variant (default: 20)"
+    )
+    parser.add_argument("--finetune", action="store_true", help="other flags are finetune.py's")
+    own, flags = parser.parse_known_args()
+    if own.finetune:
+        bench_finetune(flags, own.rounds)
+    else:
+        bench_pretraining(flags, own.rounds)
 
 
 if __name__ == "__main__":

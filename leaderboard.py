@@ -1,25 +1,29 @@
-"""Records and studies whose arithmetic anyone can redo: runs of logs/ become folders of records/, with their logs and source.
+"""Records and studies: finished runs become folders of records/ whose numbers anyone can redo.
 
-    python leaderboard.py add logs/RUN ... --track cpu_5min --name NAME --text "what changed"      records/<track>/<date>_<name>/
-    python leaderboard.py study ablations/GRID ... --name NAME --question "what is asked"           records/studies/<name>/
-    python leaderboard.py restore records/studies/NAME     its stored runs back into logs/, so that ablate.py goes on there
-    python leaderboard.py check                            redo all arithmetic out of the stored logs, then the tables
-    python leaderboard.py table                            write the tables: every README in records/, and the studies in README.md
-    python leaderboard.py submission records/golf_16mb/RECORD --author NAME --github_id ID          parameter-golf's submission.json
+    python leaderboard.py add logs/RUN ... --track cpu_5min --name NAME --text "what changed"
+    python leaderboard.py study ablations/GRID ... --name NAME --question "what is asked"
+    python leaderboard.py restore records/studies/NAME    put its runs back into logs/
+    python leaderboard.py check                           redo every number, then the tables
+    python leaderboard.py table [--draw]                  write the tables [and the pictures]
 
-The runs of a record differ in their seed alone. At least 3 of them are a record where they are the first on their data (and, where
-seconds count, their hardware), or better than the record before at p < 0.01: Welch's t-test, one-sided. All else is a non-record.
-A study holds whole grids of ablate.py; a half-finished one may be stored, restored elsewhere, continued and stored again.
-A grid's runs differ in what their arms set, and the seed, alone; those of one seed, which are compared, are of one machine.
-check compares numbers with a relative tolerance of 1e-9, p-values and intervals, which scipy's version may round otherwise, of 1e-6.
-What stands between <!-- text --> marks is kept, to be edited by hand.
+The runs of a record differ in their seed alone. Three of them or more are a record if they are the
+first on their data (and, if the track counts seconds, on their hardware), or if they are better
+than the record before at p < 0.01, in Welch's one-sided t-test. All others are a non-record.
+
+A study holds whole grids of ablate.py. The runs of a grid differ in what their arms set, and in
+their seed. Runs of one seed are compared, so they must come from one machine. A study that is half
+finished can be stored, restored elsewhere, continued, and stored again.
+
+Each folder keeps its runs in logs.tar.xz. Its result.json holds what follows from them, and the
+archive's sha256. `check` computes result.json again. It allows a relative difference of 1e-9, and
+of 1e-6 for p-values and intervals, which depend on the version of scipy. Pages are written by hand,
+but for what stands between their marks <!-- table --> and <!-- /table -->.
 """
+
 import argparse
-import ast
 import functools
 import hashlib
 import io
-import itertools
 import json
 import lzma
 import math
@@ -30,77 +34,95 @@ import sys
 import tarfile
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import ablate
-from config import parse_value
+import yaml
+
+from nanojepa.files import one_line_errors, sha256_file
+from nanojepa.settings import read_yaml
+from nanojepa.weights import dequantize
+
+try:
+    from nanojepa import plots, stats
+    from nanojepa.stats import LEAST_SEEDS, markdown_table, show
+except ImportError as error:
+    raise SystemExit(f'error: needs {error.name}: pip install -e ".[eval]"') from None
 
 ROOT = Path(__file__).resolve().parent
-MODULES = {file.stem for file in ROOT.glob("*.py")}
-NAME, FILE = r"\w[\w.-]*", r"log\.txt|metrics\.jsonl|result\.json|evaluation-[\w.-]+\.json"  # of a run, record or study; what is stored of a run
-LEVEL, LEAST = 0.01, 3  # p, and runs, of a record
-TEST = "evaluation-135f85e4.json"  # ablate.py's name for an evaluation on the test.jsonl that data/nlregex.py makes by default
-LOOSE = ("p", "holm", "wilcoxon", "low", "high", "tests")  # what check compares with 1e-6
-BAR = "=" * 40  # before the names of a log's parts
-DEVICE = re.compile(r"^[\d,]+ parameters, \S+ on (\d+) x (\w+), ", re.M)  # a log's line about its processes
-HEAD = r"^git commit: (.+)\n(python \S+, torch [^,\n]+).*\nCPU: (\d+) threads"  # of a log's environment
-FIELDS = ("seed", "val_loss", "val_bpb", "quantized_val_loss", "quantized_val_bpb", "artifact_bytes", "train_seconds", "train_flops", "time_to_target", "steps")
+NAME = r"\w[\w.-]*"  # of a run, a record or a study
+NEEDED = ("environment.json", "log.txt", "metrics.jsonl", "result.json")
+FILE = r"environment\.json|log\.txt|metrics\.jsonl|result\.json|evaluation-[\w.-]+\.json"
+LEVEL = 0.01  # a record needs a p below it
+# what must stay as it is if a run is resumed
+MACHINE = ("python", "torch", "cpu", "threads", "gpus", "world_size")
+# what check compares with 1e-6
+LOOSE = ("p", "holm", "wilcoxon", "low", "high", "smallest", "tests")
+# what a record shows of each run
+COLUMNS = (
+    *("seed", "val_loss", "val_bpb", "quantized_val_loss", "quantized_val_bpb", "artifact_bytes"),
+    *("train_seconds", "train_flops", "time_to_target", "steps"),
+)
+# the grid and the arm that docs/twin.png shows
+TWINS = ("span_text", "jepa_lambda=0.02")
+
+
+# ------------------------------------------------------------------------------------------ tracks
 
 
 @dataclass(frozen=True)
 class Track:
-    """A metric and its better direction; rules (key, what it must be in words, test of the value and of all the run's facts); timed: seconds count, so only
-    equal hardware compares; margin: (metric, by how much a record must be better); below: (metric, limit of its mean)."""
+    """What is compared, and which runs may take part. records/tracks.yaml explains the fields."""
+
     about: str
     metric: str
-    rules: tuple
+    equal: dict
+    most: dict = field(default_factory=dict)
+    cap: dict = field(default_factory=dict)
+    device: str = ""
+    devices: int = 0
     higher: bool = False
     timed: bool = True
     margin: tuple = ()
     below: tuple = ()
 
 
-def capped(key, limit):
-    """A rule. The step that reaches the cap is the last, but for one that a GPU has queued by then; its size is that of those before it, give or take half."""
-    over = lambda run: 1.5 + (key == "train_seconds" and run["device"] == "cuda")
-    return key, f"at most {limit:,.6g}, but for the last step", lambda x, run: x <= limit + over(run) * run["last_step"][key]
-
-
-def equal(key, value):
-    return key, repr(value), lambda x, run: x == value
-
-
-SCRATCH = equal("init_from", "")
-CPU = ("hardware", "two CPU threads at most", lambda x, run: run["device"] == "cpu" and run["count"] <= 2)
-GPU = ("hardware", "eight GPUs at most, shown by nvidia-smi", lambda x, run: run["device"] == "cuda" and run["count"] <= 8 and "unknown" not in x)
-HASHED = ("data_sha256", "known, of data with a meta.json", lambda x, run: x)
 TRACKS = {
-    "cpu_5min": Track("lowest val_bpb on the embedded corpus after 300 s of training on two CPU cores", "val_bpb",
-                      (SCRATCH, CPU, equal("data", "data/stdlib"), HASHED, equal("val_tokens", 0), equal("eval_stride", 0), capped("train_seconds", 300))),
-    "nlregex": Track("highest accuracy on test.jsonl of the embedded pairs after 8.0e12 FLOPs of training", "startswith",
-                     (SCRATCH, equal("data", "data/nlregex"), HASHED, capped("train_flops", 8.0e12),
-                      ("evaluation", f"{TEST}, by ablate.py --evaluate data/nlregex/test.jsonl", lambda x, run: x == TEST), equal("n", 1000)), higher=True, timed=False),
-    # The test of the mean is modded-nanogpt's own rule, kept though it follows optional stopping: every run ends at its first val_loss below the limit.
-    "fineweb_3.28": Track("least training time, s, to val_loss 3.28 over the first 10,485,760 val tokens of FineWeb, of 27 shards as in configs/fineweb_124m.yaml "
-                          "(others are other data); the mean val_loss below it at p < 0.01", "time_to_target",
-                          (SCRATCH, GPU, equal("data", "data/fineweb10B"), HASHED, equal("val_tokens", 10_485_760), equal("eval_stride", 0), equal("target_val_loss", 3.28),
-                           ("time_to_target", "a time: the target reached", lambda x, run: x is not None)), below=("val_loss", 3.28)),
-    "golf_16mb": Track("lowest val_bpb of weights and source in 16,000,000 bytes after 600 s of training on eight GPUs; EVAL_STRIDE is free, as in parameter-golf; "
-                       "a record is 0.005 nats better at p < 0.01", "quantized_val_bpb",
-                       (SCRATCH, GPU, HASHED, equal("val_tokens", 0), capped("train_seconds", 600), ("artifact_bytes", "at most 16,000,000", lambda x, run: x <= 16_000_000)),
-                       margin=("quantized_val_loss", 0.005))}
+    name: Track(**fields) for name, fields in read_yaml(ROOT / "records" / "tracks.yaml").items()
+}
 
-# ---- runs, out of logs/ or of an archive
+
+def broken_rules(track, facts):
+    """Yield (fact, what the track wants it to be) of each rule that a run breaks."""
+    for key, value in track.equal.items():
+        if facts.get(key) != value:
+            yield key, repr(value)
+    for key, limit in track.most.items():
+        if facts[key] > limit:
+            yield key, f"at most {limit:,}"
+    for key, limit in track.cap.items():
+        # The last step may be half as long again as the mean one. A GPU has queued one more step by
+        # the time the clock is read.
+        steps = 1.5 + (key == "train_seconds" and facts["device"] == "cuda")
+        if facts[key] > limit + steps * facts[key] / facts["steps"]:
+            yield key, f"at most {limit:,.6g}, but for the last step"
+    if track.device and (facts["device"] != track.device or facts["devices"] > track.devices):
+        yield "hardware", f"at most {track.devices} of {track.device}"
+    if facts["data_sha256"] is None:
+        yield "data_sha256", "known, of data with a meta.json"
+    if not isinstance(facts.get(track.metric), (int, float)):
+        yield track.metric, "a number"
+
+
+# ------------------------------------------------------------------------------------- stored runs
 
 
 @dataclass
-class Stored:
-    """The files {name: bytes} of a run, none where it isn't finished; of a study's run also arm and seed, as ablate.summarise wants them."""
+class Run:
+    """The stored files of a finished run, {name: bytes}."""
+
     name: str
-    files: dict
-    arm: object = None
-    seed: int | None = None
+    files: dict[str, bytes]
 
     @property
     def folder(self):
@@ -108,116 +130,117 @@ class Stored:
 
     @property
     def evaluation(self):
-        """The name of the evaluation's file, in which is a digest of the test file; None without one."""
-        found = [name for name in self.files if name.startswith("evaluation-")]
-        if len(found) > 1:
-            raise ValueError(f"{self.name} has several evaluations ({', '.join(found)}); leave the one that counts in its folder")
-        return found[0] if found else None
+        """The name of its evaluation, which has a digest of the test file in it, or None."""
+        names = [name for name in self.files if name.startswith("evaluation-")]
+        if len(names) > 1:
+            raise ValueError(
+                f"{self.name} has several evaluations ({', '.join(names)}); "
+                "leave the one that counts in its folder"
+            )
+        return names[0] if names else None
 
+    @functools.cached_property
     def result(self):
-        """Its result.json, with the evaluation's numbers where there is one; None while it isn't finished."""
-        return (json.loads(self.files[self.evaluation]) if self.evaluation else {}) | json.loads(self.files["result.json"]) if self.files else None
+        """Its result.json, with the numbers of its evaluation if there is one."""
+        evaluated = json.loads(self.files[self.evaluation]) if self.evaluation else {}
+        return evaluated | json.loads(self.files["result.json"])
 
     @functools.cached_property
-    def log(self):
-        """(source {file: text}, environment, lines of the run) of log.txt."""
-        head, _, lines = self.files["log.txt"].decode().partition(f"\n{BAR} run\n")
-        parts = re.split(rf"^{BAR} (.+)\n", head + "\n", flags=re.M)
-        sections = {name: text[:-1] for name, text in zip(parts[1::2], parts[2::2])}  # RunLog adds a line's end to each
-        return {name: text for name, text in sections.items() if name != "environment"}, sections.get("environment", ""), lines.splitlines()
-
-    @functools.cached_property
-    def steps(self):
-        """The rows of metrics.jsonl that training steps wrote: the first five, and every TRAIN_LOG_EVERY."""
-        return [row for row in map(json.loads, self.files["metrics.jsonl"].splitlines()) if "train_flops" in row]
+    def starts(self):
+        """Its environment.json: one object for each start of the process."""
+        return json.loads(self.files["environment.json"])
 
     @property
-    def source_bytes(self):
-        return sum(len(text.encode()) for text in self.log[0].values())
+    def sources(self):
+        """{file: sha256} of the source that trained it."""
+        return self.starts[0]["sources"]
 
+    @functools.cached_property
+    def rows(self):
+        """The lines of its metrics.jsonl."""
+        return [json.loads(line) for line in self.files["metrics.jsonl"].splitlines()]
+
+    @functools.cached_property
     def facts(self):
-        """What rules are about: settings, results, and "data" (the last two parts of its path), "evaluation", "device", "processes", "count" of GPUs or CPU threads,
-        "hardware", "commit", "versions", "last_step" (its mean seconds and FLOPs since the last one logged)."""
-        result, (_, environment, lines) = self.result(), self.log
-        processes, device = DEVICE.search("\n".join(lines)).groups()
-        (commit, versions, threads), name = re.search(HEAD, environment).groups(), model_name(environment, device)
-        count = int(processes) * (int(threads) if device == "cpu" else 1)
-        before = ([dict.fromkeys(("step", "train_time", "train_flops"), 0)] + [row for row in self.steps if row["step"] < result["steps"]])[-1]
-        last_step = {key: (result[key] - before[name]) / (result["steps"] - before["step"]) for key, name in (("train_seconds", "train_time"), ("train_flops", "train_flops"))}
-        return {**result, **result["config"], "train_flops": result["train_flops"], "data": "/".join(Path(result["config"]["data_path"]).parts[-2:]),
-                "evaluation": self.evaluation, "device": device, "processes": int(processes), "count": count, "commit": commit, "versions": versions, "last_step": last_step,
-                "hardware": f"{count} x {name or f'unknown {device}'}" + (" (threads)" if device == "cpu" else "")}
-
-
-def model_name(environment, device):
-    """The name of the CPU or GPU in a log's environment, by lscpu or nvidia-smi; None without."""
-    found = re.search(r"Model name:\s*(.+)" if device == "cpu" else r"^\|\s+\d+\s+(\S.*?)\s+(?:On|Off|N/A)\s+\|", environment, re.M)
-    return found and found[1]
+        """What the rules of a track are about: settings, results, and where it ran."""
+        start, config = self.starts[0], self.result["config"]
+        if start["gpus"]:
+            device, devices, model = "cuda", start["world_size"], start["gpus"][0]
+        else:
+            device, devices = "cpu", start["world_size"] * start["threads"]
+            model = f"{start['cpu'] or 'unknown CPU'} (threads)"
+        return {
+            **config,
+            **self.result,
+            "data": "/".join(Path(config["data_path"]).parts[-2:]),
+            "evaluation": self.evaluation,
+            "device": device,
+            "devices": devices,
+            "hardware": f"{devices} x {model}",
+            "processes": start["world_size"],
+            "versions": f"python {start['python']}, torch {start['torch']}",
+            "commit": start["git_commit"] + " with uncommitted changes" * start["uncommitted"],
+        }
 
 
 @contextmanager
-def whole(where=""):
-    """What a malformed file raises, a KeyError and the like, as a ValueError of one line."""
+def well_formed(where=""):
+    """Turn what a malformed file raises, a KeyError and the like, into a ValueError of one line."""
     try:
         yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, json.JSONDecodeError) as e:
         raise ValueError(f"{where}malformed, {type(e).__name__}: {e}") from None
 
 
-@functools.cache
-def imported(text):
-    """The files of this project that a source imports at its top level."""
-    names = [f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
-             for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names]
-    parts = [name.split(".") for name in names]
-    return {f"{first}.py" for first, *_ in parts if first in MODULES} | {f"data/{rest[0]}.py" for first, *rest in parts if first == "data" and rest}
-
-
 def faults(run):
-    """What is wrong with a finished run's files, a list of lines: a log without source, versions or end, or numbers that it doesn't bear out."""
-    absent = [name for name in ("log.txt", "metrics.jsonl", "result.json") if name not in run.files]
-    if absent:
+    """The faults of a run's own files, one line each."""
+    if absent := [name for name in NEEDED if name not in run.files]:
         return [f"{run.name} has no {', '.join(absent)}: did it finish?"]
-    result, (source, environment, lines), found = run.result(), run.log, []
-    listed = re.search(r"^SOURCES = (\(.*?\))", source.get("train_gpt.py", ""), re.M | re.S)
-    needed = {*(ast.literal_eval(listed[1]) if listed else ["train_gpt.py with its SOURCES"]), *itertools.chain(*map(imported, source.values()))}
-    if missing := sorted(name for name in needed if not source.get(name, "").strip()):
-        found.append(f"{run.name}/log.txt doesn't hold its source: no {', '.join(missing)}")
-    if not re.search(HEAD, environment) or not DEVICE.search("\n".join(lines)):
-        found.append(f"{run.name}/log.txt doesn't hold commit, versions and hardware")
-    if not lines or not lines[-1].startswith("result: "):
-        return found + [f"{run.name}/log.txt doesn't end with a result: the run did not finish"]
-    config, said, artifact = result["config"], dict(re.findall(r"(\w+):(\S+)", lines[-1])), lines[-2:][0].removeprefix("artifact: ").rpartition(" (")[0]
-    logged = {}  # settings; of a run that was resumed, those of the last time
-    for part in re.split(f"^{BAR} run\n", "\n".join(lines), flags=re.M):
-        own = itertools.takewhile(lambda line: line.startswith("config "), part.splitlines())
-        logged = dict(line.removeprefix("config ").partition(": ")[::2] for line in own) or logged
-    last = ([row for row in map(json.loads, run.files["metrics.jsonl"].splitlines()) if "val_loss" in row] or [{}])[-1]
-    loss, bpb, seconds, total = (result[key] for key in ("val_loss", "val_bpb", "train_seconds", "artifact_bytes"))
-    for key, value, where, other in (
-            *((key, None if result[key] is None else f"{result[key]:.4f}", "log", said.get(key)) for key in ("val_loss", "val_bpb", "quantized_val_bpb")),
-            *((key, value, "log", said.get(key)) for key, value in (("artifact_bytes", str(total)), ("steps", str(result["steps"])), ("train_time", f"{1000 * seconds:.0f}ms"))),
-            *((key, result[key], "metrics.jsonl", last.get(key)) for key in ("val_loss", "val_bpb")),
-            ("steps", result["steps"], "metrics.jsonl", last.get("step")), ("train_seconds", seconds, "metrics.jsonl", last.get("train_time")),
-            ("artifact", f"{total - run.source_bytes:,} bytes of weights + {run.source_bytes:,} of source = {total:,}", "log", artifact),
-            ("seed", result["seed"], "config", config["seed"]),  # below, the log's lines are config KEY: VALUE (where it comes from)
-            *((key, text, "log", text if logged.get(key, "").startswith(f"{text} (") else logged.get(key)) for key in config | logged for text in [repr(config.get(key))]),
-            ("time_to_target", result["time_to_target"], "val_loss and train_seconds", seconds if loss <= config["target_val_loss"] else None),
-            ("quantized_val_bpb", result["quantized_val_bpb"], "quantized_val_loss, at val_loss and val_bpb,", bpb and result["quantized_val_loss"] * bpb / loss)):
-        if any(differences(value, other, key)):
-            found.append(f"{run.name}: result.json has {key} {value}, its {where} {other}")
-    devices = DEVICE.findall("\n".join(lines))
-    environments = [environment, *re.findall(f"^{BAR} environment\n(.*?)^{BAR} run$", "\n".join(lines), re.M | re.S)]
-    machines = {(*head[1:], model_name(text, device)) for text in environments for head in re.findall(HEAD, text) for _, device in devices}
-    if len(machines) > 1 or len(set(devices)) > 1:
-        found.append(f"{run.name}: its machine, versions or number of processes changed on the way")
-    if changed := [line for line in lines if re.match(r"warning: \S+ is not what it was before step", line)]:
-        found.append(f"{run.name}: its source changed on the way: {changed[0]}")
-    at, costs = run.steps[-1], [row["step_flops"] for row in run.steps]
-    left = result["steps"] - at["step"]
-    if not left * min(costs) / 4 <= result["train_flops"] - at["train_flops"] <= left * max(costs) * 4:  # a step with the term costs below four without
-        found.append(f"{run.name}: result.json has train_flops {result['train_flops']} at step {result['steps']}, its metrics.jsonl {at['train_flops']} at step {at['step']}")
-    return found
+    with well_formed(f"{run.name}: "):
+        return [f"{run.name}: {fault}" for fault in (*changes(run.starts), *contradictions(run))]
+
+
+def changes(starts):
+    """Yield what was another at a later start of a run, which makes it another run."""
+    first = starts[0]
+    if not first["sources"]:
+        yield "environment.json names no sources"
+    for start in starts[1:]:
+        again = f"resumed at step {start['step']}"
+        for name in MACHINE:
+            if start[name] != first[name]:
+                yield f"{again} with {name} {start[name]!r}, which was {first[name]!r}"
+        for file in first["sources"] | start["sources"]:
+            if start["sources"].get(file) != first["sources"].get(file):
+                yield f"{again} with another {file}"
+
+
+def contradictions(run):
+    """Yield where result.json contradicts metrics.jsonl or itself."""
+    facts = run.facts
+    end = next(row for row in reversed(run.rows) if "val_loss" in row)
+    at_target = facts["val_loss"] <= facts["target_val_loss"]
+    bits = facts["val_bpb"] and facts["val_bpb"] / facts["val_loss"] * facts["quantized_val_loss"]
+    for key, other, source in (
+        ("val_loss", end["val_loss"], "metrics.jsonl"),
+        ("val_bpb", end.get("val_bpb"), "metrics.jsonl"),
+        ("steps", end["step"], "metrics.jsonl"),
+        ("train_seconds", end["train_time"], "metrics.jsonl"),
+        ("seed", run.result["config"]["seed"], "config"),
+        ("time_to_target", facts["train_seconds"] if at_target else None, "val_loss"),
+        ("quantized_val_bpb", bits, "quantized_val_loss"),
+    ):
+        if any(differences(facts[key], other, key)):
+            yield f"result.json has {key} {facts[key]}, its {source} gives {other}"
+    steps = [row for row in run.rows if "train_flops" in row]  # not all: what was logged
+    last, costs = steps[-1], [row["step_flops"] for row in steps]
+    left, flops = facts["steps"] - last["step"], facts["train_flops"] - last["train_flops"]
+    # A step with the term costs less than four without.
+    if not left * min(costs) / 4 <= flops <= left * max(costs) * 4:
+        yield (
+            f"result.json has train_flops {facts['train_flops']} at step {facts['steps']}, "
+            f"its metrics.jsonl {last['train_flops']} at step {last['step']}"
+        )
 
 
 def content(file):
@@ -226,19 +249,21 @@ def content(file):
 
 
 def read_run(folder):
-    """The Stored run of a folder in logs/; ValueError says what is wrong with its files."""
+    """The Run in a folder of logs/. ValueError says what is wrong with its files."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give those of finished runs, logs/<run>")
-    run = Stored(named(folder.resolve().name), {file.name: content(file) for file in sorted(folder.iterdir()) if re.fullmatch(FILE, file.name)})
-    with whole(f"{run.name}: "):
-        if found := faults(run):
-            raise ValueError(found[0])
-        run.facts()
+    files = [file for file in sorted(folder.iterdir()) if re.fullmatch(FILE, file.name)]
+    run = Run(checked(folder.resolve().name), {file.name: content(file) for file in files})
+    if found := faults(run):
+        raise ValueError(found[0])
     return run
 
 
 def write_archive(path, runs):
-    """One tar.xz of all files of Stored runs, the same bytes for the same files. Every log repeats the source; xz stores it once."""
+    """Write the files of runs as one tar.xz, the same bytes for the same files.
+
+    Every log repeats the source; xz stores it once.
+    """
     with tarfile.open(path, "w:xz") as archive:
         for run in sorted(runs, key=lambda run: run.name):
             for name, blob in sorted(run.files.items()):
@@ -248,456 +273,630 @@ def write_archive(path, runs):
 
 
 def read_archive(path):
-    """{name: Stored run} of an archive, in memory; ValueError where a member is not a file of a run."""
+    """{name: Run} of an archive, in memory. ValueError if a member is not a file of a run."""
     runs = {}
     try:
         with tarfile.open(path, "r:xz") as archive:
             for member in archive:
                 parts = re.fullmatch(f"({NAME})/({FILE})", member.name)
-                if not parts or not member.isreg() or parts[2] in runs.setdefault(parts[1], Stored(parts[1], {})).files:
-                    raise ValueError(f"member {member.name!r} is not one file RUN/log.txt, metrics.jsonl, result.json or evaluation-*.json")
-                runs[parts[1]].files[parts[2]] = archive.extractfile(member).read()
+                if not parts or not member.isreg():
+                    raise ValueError(f"member {member.name!r} is not a file of a run")
+                files = runs.setdefault(parts[1], Run(parts[1], {})).files
+                if parts[2] in files:
+                    raise ValueError(f"member {member.name!r} is there twice")
+                files[parts[2]] = archive.extractfile(member).read()
     except (ValueError, tarfile.TarError, lzma.LZMAError, EOFError) as e:
         raise ValueError(f"{path.name}: {e}") from None
     return runs
 
 
-# ---- records
-
-
-def p_better(new, old, higher, margin=0.0):
-    """One-sided p of Welch's t-test that the mean of `new` is better than that of `old`, by more than the margin; None where values or a spread are missing."""
-    from scipy import stats
-    if min(len(new), len(old)) < 2 or len(set(new)) == len(set(old)) == 1:
-        return None
-    sign = 1 if higher else -1
-    return float(stats.ttest_ind([sign * x - margin for x in new], [sign * x for x in old], equal_var=False, alternative="greater").pvalue)
-
-
-def p_below(values, limit):
-    """One-sided p of Student's t-test that the mean is below the limit; None where values or a spread are missing."""
-    from scipy import stats
-    return float(stats.ttest_1samp(values, limit, alternative="less").pvalue) if len(set(values)) > 1 else None
-
-
-def basis(track, record):
-    """What two records must share to be compared: data and, where seconds count, hardware."""
-    return record["data_sha256"], record["hardware"] if TRACKS[track].timed else None
-
-
-def judge(track, record):
-    """The record with its verdict: "before", the name of the one that it must beat, "tests" {what is shown: p}, "record"."""
-    rule, tests, values = TRACKS[track], {}, lambda record, name: [run[name] for run in record["runs"]]
-    earlier = [(folder.name, old) for folder, old in records(track) if old["date"] < record["date"] and old["record"] and basis(track, old) == basis(track, record)]
-    name, old = earlier[-1] if earlier else (None, None)
-    if old:
-        tests[f"{rule.metric} better than {name}'s"] = p_better(values(record, rule.metric), values(old, rule.metric), rule.higher)
-        if rule.margin:
-            metric, margin = rule.margin
-            tests[f"{metric} at least {margin} better"] = p_better(values(record, metric), values(old, metric), False, margin)
-    if rule.below:
-        tests[f"mean {rule.below[0]} below {rule.below[1]}"] = p_below(values(record, rule.below[0]), rule.below[1])
-    return record | {"before": name, "tests": tests, "record": record["n"] >= LEAST and all(p is not None and p < LEVEL for p in tests.values())}
-
-
-def summary(track, date, runs, weights):
-    """A record's result.json without its verdict, of Stored runs and {run: {"weights_bytes", "weights_sha256"}}. ValueError names the run and what it breaks."""
-    rule, found = TRACKS[track], sorted(((run, run.facts()) for run in runs), key=lambda pair: pair[1]["seed"])
-    for run, facts in found:
-        for key, words, test in (*rule.rules, (rule.metric, "a number", lambda x, run: isinstance(x, (int, float)))):
-            if not test(facts.get(key), facts):
-                raise ValueError(f"{run.name}: {key} is {facts.get(key)!r}; {track} wants it {words}")
-        if facts["artifact_bytes"] != weights[run.name]["weights_bytes"] + run.source_bytes:
-            raise ValueError(f"{run.name}: artifact_bytes is {facts['artifact_bytes']}, but {weights[run.name]['weights_bytes']} of weights "
-                             f"+ {run.source_bytes} of source in its log")
-    shared = [{**facts["config"], "source": run.log[0], **{key: facts.get(key) for key in ("data_sha256", "compiled", "processes", "commit", "versions")},
-               "hardware": rule.timed and facts["hardware"], "seed": None, "run_id": None} for run, facts in found]
-    for (run, _), own in zip(found, shared):
-        if differ := [key for key in shared[0] | own if own.get(key) != shared[0].get(key)]:
-            raise ValueError(f"{run.name} and {found[0][0].name} differ in {', '.join(differ)}; the runs of a record differ in their seed alone")
-    if len({facts["seed"] for _, facts in found}) < len(found):
-        raise ValueError(f"two runs have one seed (there are {', '.join(str(facts['seed']) for _, facts in found)}); the runs of a record differ in it")
-    values = [facts[rule.metric] for _, facts in found]
-    return {"date": date, "metric": rule.metric, "n": len(found), "mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None,
-            **{key: found[0][1][key] for key in ("data_sha256", "compiled", "processes", "hardware", "commit")},
-            "runs": [{"run": run.name, **{key: facts.get(key) for key in dict.fromkeys((*FIELDS, rule.metric))}, "source_bytes": run.source_bytes, **weights[run.name]}
-                     for run, facts in found]}
-
-
-def config_text(run):
-    """The run's settings but for seed and run_id, as YAML: that of JSON's scalars."""
-    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in run.result()["config"].items() if name not in ("seed", "run_id"))
+# ----------------------------------------------------------------------------------------- records
 
 
 def records(track):
     """[(folder, its result.json)] of a track, oldest first."""
-    return sorted(((file.parent, json.loads(file.read_text())) for file in (ROOT / "records" / track).glob("*/result.json")), key=lambda found: found[1]["date"])
+    files = (ROOT / "records" / track).glob("*/result.json")
+    stored = [(file.parent, json.loads(file.read_text())) for file in files]
+    return sorted(stored, key=lambda pair: pair[1]["date"])
+
+
+def basis(track, record):
+    """What two records must share to be compared: data and, if seconds count, hardware."""
+    return record["data_sha256"], record["hardware"] if TRACKS[track].timed else None
+
+
+def judge(track, record):
+    """The record with its verdict.
+
+    before: the name of the record that it must beat. tests: {what is tested: p}. record: is it one?
+    """
+    rules, tests = TRACKS[track], {}
+    name, old = None, None
+    for folder, other in records(track):  # the last one stays
+        comparable = other["record"] and basis(track, other) == basis(track, record)
+        if comparable and other["date"] < record["date"]:
+            name, old = folder.name, other
+
+    def values(of, metric):
+        return [run[metric] for run in of["runs"]]
+
+    def better(metric, *how):
+        return stats.p_better(values(record, metric), values(old, metric), *how)
+
+    if old:
+        tests[f"{rules.metric} better than {name}'s"] = better(rules.metric, rules.higher)
+    if old and rules.margin:
+        metric, margin = rules.margin
+        tests[f"{metric} at least {margin} better"] = better(metric, False, margin)
+    if rules.below:
+        metric, limit = rules.below
+        tests[f"mean {metric} below {limit}"] = stats.p_below(values(record, metric), limit)
+    proved = all(p is not None and p < LEVEL for p in tests.values())
+    is_record = record["n"] >= LEAST_SEEDS and proved
+    return {**record, "before": name, "tests": tests, "record": is_record}
+
+
+def summary(track, date, runs, weights):
+    """A record's result.json without its verdict. ValueError names a run and what it breaks.
+
+    weights: {name of a run: size and sha256 of its artifact}.
+    """
+    metric = TRACKS[track].metric
+    for run in runs:
+        for key, words in broken_rules(TRACKS[track], run.facts):
+            value = run.facts.get(key)
+            raise ValueError(f"{run.name}: {key} is {value!r}; {track} wants it {words}")
+    runs = sorted(runs, key=lambda run: run.facts["seed"])
+    check_alike(track, runs, weights)
+    values = [run.facts[metric] for run in runs]
+    shared = ("data_sha256", "compiled", "processes", "hardware", "commit")
+    columns = dict.fromkeys((*COLUMNS, metric))
+    return {
+        "date": date,
+        "metric": metric,
+        "n": len(runs),
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        **{name: runs[0].facts[name] for name in shared},
+        "runs": [
+            {
+                "run": run.name,
+                **{name: run.facts.get(name) for name in columns},
+                **weights[run.name],
+            }
+            for run in runs
+        ],
+    }
+
+
+def check_alike(track, runs, weights):
+    """ValueError if the runs of a record differ in more than their seed."""
+    seeds = [run.facts["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"two runs have one seed (there are {', '.join(map(str, seeds))})")
+    made = {}
+    for run in runs:
+        size = run.facts["artifact_bytes"] - weights[run.name]["weights_bytes"]
+        made[run.name] = {**shared_facts(run), "source": run.sources, "bytes of source": size}
+        names = ("processes", "versions", "commit", *(["hardware"] if TRACKS[track].timed else []))
+        made[run.name] |= {name: run.facts[name] for name in names}
+    agreed(made, "the runs of a record differ in their seed alone")
+
+
+def shared_facts(run):
+    """{fact: value} of the settings, the data and the compilation of a run."""
+    facts, data = run.facts, run.facts["data"]
+    made = {"data_path": data, f"data_sha256 of {data}": facts["data_sha256"]}
+    return settings_of(run) | made | {"compiled": facts["compiled"]}
+
+
+def agreed(made, rule):
+    """{fact: value} of {name of a run: such a dict}. ValueError if two runs differ in one."""
+    first = {}
+    for name, facts in made.items():
+        for fact, value in facts.items():
+            other, known = first.setdefault(fact, (name, value))
+            if value != known:
+                raise ValueError(f"{name} and {other} differ in {fact}; {rule}")
+    return {fact: value for fact, (_, value) in first.items()}
+
+
+def settings_of(run):
+    """The settings of a run that another may repeat: all but seed, name and what it resumed."""
+    own = ("seed", "run_id", "resume")
+    return {name: value for name, value in run.result["config"].items() if name not in own}
 
 
 def add(args):
-    runs, date = [read_run(Path(folder)) for folder in args.runs], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    blobs = {run.name: (Path(folder) / "model.int8.zlib").read_bytes() for run, folder in zip(runs, args.runs)}
-    weights = {name: {"weights_bytes": len(blob), "weights_sha256": hashlib.sha256(blob).hexdigest()} for name, blob in blobs.items()}
-    record = judge(args.track, summary(args.track, date, runs, weights))
-    from weights import dequantize
-    for name, blob in blobs.items():  # of the right length; whether these are the bytes that the run wrote, their checksum says
-        try:
-            dequantize(blob)
-        except ValueError as e:
-            raise ValueError(f"{name}: model.int8.zlib: {e}; copy it again, or leave the run out") from None
-    folder = ROOT / "records" / args.track / f"{date[:10]}_{named(args.name)}"
+    """Make a record, or a non-record, of runs in logs/."""
+    runs = [read_run(folder) for folder in args.runs]
+    weights = {run.name: artifact(folder) for run, folder in zip(runs, args.runs, strict=True)}
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    with well_formed():
+        record = judge(args.track, summary(args.track, date, runs, weights))
+    folder = ROOT / "records" / args.track / f"{date[:10]}_{checked(args.name)}"
     if folder.exists():
         raise ValueError(f"{shown(folder)} exists; choose another --name")
     folder.mkdir(parents=True)
-    write_archive(folder / "logs.tar.xz", runs)
-    (folder / "config.yaml").write_text(config_text(runs[0]))
-    (folder / "README.md").write_text(marked(args.text), encoding="utf-8")
-    save(folder / "result.json", record)
-    write_tables()
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings_of(runs[0]), sort_keys=False))
+    store(folder, runs, record, args.name, args.text)
     print(f"result: {shown(folder)}: {verdict(record)}")
 
 
-def submission(folder, author, github_id):
-    """The content of submission.json, as parameter-golf's records have it: means of the quantised model's numbers, the largest artifact."""
-    if folder.parent.name != "golf_16mb":
-        raise ValueError(f"{shown(folder)}: only a record of golf_16mb has a submission.json")
-    record = json.loads((folder / "result.json").read_text())
-    mean = lambda name: statistics.fmean(run[name] for run in record["runs"])
-    return {"author": author, "github_id": github_id, "name": folder.name[11:], "blurb": " ".join(text_of(folder / "README.md").split()), "date": record["date"],
-            "val_loss": mean("quantized_val_loss"), "val_bpb": mean("quantized_val_bpb"), "bytes_total": max(run["artifact_bytes"] for run in record["runs"]),
-            "bytes_code": record["runs"][0]["source_bytes"],
-            "seed_results": {str(run["seed"]): {"val_loss": run["quantized_val_loss"], "val_bpb": run["quantized_val_bpb"], "artifact_bytes": run["artifact_bytes"],
-                                                "steps": run["steps"], "step_avg_ms": 1000 * run["train_seconds"] / run["steps"]} for run in record["runs"]}}
+def artifact(folder):
+    """Size and sha256 of a run's model.int8.zlib. ValueError if it is damaged."""
+    blob = (folder / "model.int8.zlib").read_bytes()
+    try:
+        dequantize(blob)
+    except ValueError as e:
+        raise ValueError(
+            f"{folder.name}: model.int8.zlib: {e}; copy it again, or leave the run out"
+        ) from None
+    return {"weights_bytes": len(blob), "weights_sha256": hashlib.sha256(blob).hexdigest()}
 
 
-def submit(args):
-    save(args.folder / "submission.json", submission(args.folder, args.author, args.github_id))
-    print(f"result: {shown(args.folder)}/submission.json")
+def store(folder, runs, result, title, text):
+    """Write what a record or study consists of, then all tables. Without a text its page stays."""
+    write_archive(folder / "logs.tar.xz", runs)
+    result = {"logs_sha256": sha256_file(folder / "logs.tar.xz"), **result}
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    if text:
+        page = f"# {title}\n\n{text}\n\n<!-- table -->\n<!-- /table -->\n"
+        (folder / "README.md").write_text(page, encoding="utf-8")
+    write_tables()
 
 
-# ---- studies
+# ----------------------------------------------------------------------------------------- studies
 
 
-@dataclass(frozen=True)
-class StoredArm(ablate.Arm):
-    """An arm of a result.json, with the one to which it was compared: what makes a twin may change, a study's pairs don't."""
-    paired: ablate.Arm | None = None
-
-    def twin(self, script):
-        return self.paired or self
+def studies():
+    """[(folder, its grids)] of all studies."""
+    files = sorted((ROOT / "records" / "studies").glob("*/result.json"))
+    return [(file.parent, json.loads(file.read_text())["grids"]) for file in files]
 
 
 def redo_grid(grid, runs):
-    """(a grid's part of a study's result.json, its Stored runs), every number computed out of {name: Stored run}. ValueError where runs aren't what the grid says."""
+    """A grid's part of a study's result.json, with every number computed from {name: Run}.
+
+    ValueError if the runs are not what the grid says.
+    """
     arms = {}
-    for row in sorted(grid["tables"][0]["arms"], key=lambda row: row["twin"] is not None):  # twins first
-        arms[row["arm"]] = StoredArm(tuple(map(tuple, row["settings"])), tuple(map(tuple, row["files"])), arms.get(row["twin"]))
-    made = [Stored(r["run"], runs[r["run"]].files if r["run"] in runs else {}, arms[r["arm"]], r["seed"]) for r in grid["runs"]]
-    everywhere = re.findall(r"--(\w+)[= ](\S*\{seed\}\S*)", " ".join(grid["command"]))  # flags for all arms
-    agreed, data, finished = {}, {}, [run for run in made if run.files]
-    for run in finished:
-        facts, replaced = run.facts(), dict(run.arm.files)
-        own = {name: value for name, value in everywhere if name in facts["config"]} | dict(run.arm.settings) | {"seed": run.seed}
-        for name, value in own.items():
-            if parse_value(type(facts["config"][name]), str(value).replace("{seed}", str(run.seed)), name) != facts["config"][name]:
-                raise ValueError(f"{run.name} has {name} {facts['config'][name]}, which is not {run.arm.label}, seed {run.seed}")
-        data[facts["data"]] = facts.get("data_sha256")
-        shared = {**facts["config"], "data_path": facts["data"], "compiled": facts["compiled"], f"data_sha256 of {facts['data']}": facts.get("data_sha256"),
-                  f"hardware or versions of seed {run.seed}": (facts["hardware"], facts["versions"]),  # or times wouldn't compare, nor results at equal seconds
-                  **{f"{file} of {replaced[file]}" if file in replaced else file: text for file, text in run.log[0].items()}}
-        for name, value in ((name, value) for name, value in shared.items() if name not in own and name != "run_id"):
-            first, known = agreed.setdefault(name, (run.name, value))
-            if value != known:
-                raise ValueError(f"{run.name} and {first} differ in {name}; a grid's runs differ in what their arms set, and the seed, alone")
-    for run, (file, path) in ((run, pair) for run in finished for pair in run.arm.files):
-        if run.log[0].get(file) in (None, agreed.get(file, ("", None))[1]):
-            raise ValueError(f"{run.name}/log.txt doesn't hold the {file} of {path}, but " + ("that of other arms" if file in run.log[0] else "none"))
-    tables = []
-    for metric in (one["metric"] for one in grid["tables"]):
-        rows, line = ablate.summarise([arms[row["arm"]] for row in grid["tables"][0]["arms"]], made, grid["script"], metric, arms.get(grid["baseline"]))
-        tables.append({"metric": metric, "summary": line, "arms": rows})
-    redone = {**{key: grid[key] for key in ("grid", "command", "script", "baseline")}, "data": dict(sorted(data.items())), "tables": tables,
-              "runs": [{"arm": run.arm.label, "seed": run.seed, "run": run.name, "finished": bool(run.files)} for run in made]}
-    return json.loads(json.dumps(redone)), made
+    for row in grid["tables"][0]["arms"]:
+        arm = stats.Arm(
+            tuple(map(tuple, row["settings"])), tuple(map(tuple, row["files"])), row["twin"]
+        )
+        arms[arm.label] = arm
+    for arm in arms.values():
+        if arm.twin is not None and arm.twin not in arms:
+            raise ValueError(f"{arm.label} has no twin: {arm.twin} is not in the grid")
+    planned = [(arms[one["arm"]], one["seed"], runs.get(one["run"])) for one in grid["runs"]]
+    finished = [(arm, seed, run) for arm, seed, run in planned if run]
+    check_grid(grid["command"], finished)
+    trials = [
+        stats.Trial(arm.label, seed, run.result if run else None) for arm, seed, run in planned
+    ]
+    found = [
+        stats.summarise(arms.values(), trials, table["metric"], compared_with(grid))
+        for table in grid["tables"]
+    ]
+    redone = {
+        **{key: grid[key] for key in ("grid", "command", "script", "baseline")},
+        "data": {run.facts["data"]: run.facts["data_sha256"] for _, _, run in finished},
+        "tables": [one._asdict() for one in found],
+        "runs": [{**one, "finished": one["run"] in runs} for one in grid["runs"]],
+    }
+    return json.loads(json.dumps(redone))  # as it is read again: JSON has texts as keys
 
 
-def study(args):
-    folder, runs, redone = ROOT / "records" / "studies" / named(args.name), {}, []
-    for path in map(Path, args.grids):
-        if not (path / "result.json").is_file():
-            raise ValueError(f"{path}: no result.json of ablate.py in it")
-        with whole(f"{path}: "):
-            grid = json.loads((path / "result.json").read_text().replace(f"{ROOT}/", "")) | {"grid": named(path.resolve().name)}
-            if grid.get("script") != "train_gpt.py":
-                raise ValueError(f"{path} is a grid of {grid.get('script')}; a study needs logs that hold their source, as train_gpt.py writes them")
-            wanted = ("result.json", *(["evaluation-*.json"] if any(flag.startswith("--evaluate") for flag in grid["command"]) else []))
-            runs |= {r["run"]: read_run(ROOT / "logs" / r["run"]) for r in grid["runs"] if all(any((ROOT / "logs" / r["run"]).glob(file)) for file in wanted)}
-            redone.append(redo_grid(grid, runs))
-    if not runs:
-        raise ValueError(f"no run of {', '.join(args.grids)} has finished; there is nothing to store")
-    if (folder / "logs.tar.xz").exists() and (lost := read_archive(folder / "logs.tar.xz").keys() - runs.keys()):
-        raise ValueError(f"{shown(folder)} holds runs that this would lose ({', '.join(sorted(lost))}): restore it and give all its grids, or remove the folder to begin anew")
-    text = args.question or ((folder / "README.md").exists() and text_of(folder / "README.md"))
-    if not text:
-        raise ValueError("a new study needs its --question")
-    folder.mkdir(parents=True, exist_ok=True)
-    for grid, made in redone:
-        ablate.draw(folder / f"{grid['grid']}.png", grid["tables"][0]["arms"], made, grid["tables"][0]["metric"], compared_with(grid))
-    write_archive(folder / "logs.tar.xz", runs.values())
-    save(folder / "result.json", {"grids": [grid for grid, _ in redone]})
-    (folder / "README.md").write_text(marked(text), encoding="utf-8")
-    write_tables()
-    rest = "" if (folder / "run.sh").exists() else "; write its run.sh, the one command"
-    print(f"result: {shown(folder)}: {len(runs)} of {sum(len(grid['runs']) for grid, _ in redone)} runs{rest}")
+def check_grid(command, finished):
+    """ValueError if runs differ in more than their arms and their seed.
+
+    finished: [(Arm, seed, Run)]. command: the arguments of ablate.py.
+    """
+    with_seed = re.findall(r"--(\w+)[= ](\S*\{seed\}\S*)", " ".join(command))  # flags for all arms
+    made = {}
+    for arm, seed, run in finished:
+        config, files = run.result["config"], dict(arm.files)
+        own = {name: text for name, text in with_seed if name in config}
+        own |= {**dict(arm.settings), "seed": "{seed}"}
+        for name, text in own.items():
+            if not means(text.replace("{seed}", str(seed)), config[name]):
+                raise ValueError(
+                    f"{run.name} has {name} {config[name]}, which is not {arm.label}, seed {seed}"
+                )
+        # Otherwise neither times nor results at equal seconds would compare.
+        machine = run.facts["hardware"], run.facts["versions"]
+        replaced = {f"{file} of {path}": run.sources.get(file) for file, path in files.items()}
+        facts = {**shared_facts(run), **run.sources, **replaced}
+        facts[f"hardware or versions of seed {seed}"] = machine
+        arms_own = own.keys() | files.keys()
+        made[run.name] = {name: value for name, value in facts.items() if name not in arms_own}
+    rule = "a grid's runs differ in what their arms set, and the seed, alone"
+    shared = agreed(made, rule)
+    for arm, _, run in finished:
+        for file, path in arm.files:
+            if run.sources.get(file) in (None, shared.get(file)):
+                raise ValueError(f"{run.name} did not train with {path} in place of {file}")
 
 
-def restore(args):
-    """Unpack a study's runs into logs/. Nothing is overwritten, and a run with another content there is left alone."""
-    count = 0
-    for run in read_archive(args.folder / "logs.tar.xz").values():
-        missing = [name for name in run.files if not (run.folder / name).exists()]
-        if other := [name for name in run.files if name not in missing and content(run.folder / name) != run.files[name]]:
-            print(f"warning: logs/{run.name} is left as it is: another {', '.join(other)} is there")
-            continue
-        run.folder.mkdir(parents=True, exist_ok=True)
-        for name in sorted(missing):  # result.json, which says that a run is finished, is the last
-            (run.folder / name).write_bytes(run.files[name])
-        count += len(missing)
-    print(f"result: {count} files restored into logs/")
-
-
-# ---- tables
-
-
-def shown(path):
-    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
-
-
-def named(name):
-    if not re.fullmatch(NAME, name):
-        raise ValueError(f"{name!r}: a name holds letters, digits, '_', '.' and '-' only, and begins with none of the last two")
-    return name
-
-
-def save(path, content):
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def marked(text, mark="text"):
-    return f"<!-- {mark} -->\n{text}\n<!-- /{mark} -->"
-
-
-def text_of(readme, mark="text"):
-    """What stands between the marks of a README; ValueError where they are missing."""
-    found = re.search(marked("(.*?)", mark), readme.read_text(encoding="utf-8"), re.S)
-    if not found:
-        raise ValueError(f"{shown(readme)} has lost its lines <!-- {mark} --> and <!-- /{mark} -->; put them back")
-    return found[1]
-
-
-def show(x, form):
-    return "" if x is None else format(x, form)
-
-
-def table(names, rows):
-    """The lines of a Markdown table."""
-    line = lambda cells: f"| {' | '.join(map(str, cells))} |"
-    return [line(names), "|---" * len(names) + "|", *map(line, rows)]
-
-
-def verdict(record):
-    """One line: what it is, its mean, and what that was tested against."""
-    return "; ".join([f"{'record' if record['record'] else 'non-record'}, {record['metric']} {mean_sd(record)} over {record['n']} runs",
-                      *(f"{what}: p = {show(p, '.2g') or 'not known'}" for what, p in record["tests"].items()),
-                      *([] if record["before"] else ["none before it to compare with"]), *([f"fewer than {LEAST} runs: no claim"] if record["n"] < LEAST else [])])
-
-
-def mean_sd(record):
-    return " ± ".join(filter(None, (show(record["mean"], ".5g"), show(record["sd"], ".2g"))))
-
-
-def record_readme(track, folder, record):
-    many = f" --nproc_per_node={record['processes']}" if record["processes"] > 1 else ""
-    names = [name for name in record["runs"][0] if name != "weights_sha256"]
-    rows = [[show(run[name], ".7g" if isinstance(run[name], float) else "") for name in names] for run in record["runs"]]
-    return "\n".join([f"# {folder.name[11:]}", "", f"{record['date'][:10]}, track {track}: {TRACKS[track].about}.", f"Result: {verdict(record)}.", "",
-                      marked(text_of(folder / "README.md")), "",
-                      f"Command: `torchrun --standalone{many} train_gpt.py --config {shown(folder)}/config.yaml --seed SEED`", "",
-                      f"On {record['hardware']}, {'' if record['compiled'] else 'not '}compiled, data {record['data_sha256']}, commit {record['commit']}.",
-                      "The whole source and all versions are in logs.tar.xz.", "", *table(names, rows), ""])
-
-
-def records_readme():
-    lines = ["# Records", "", "Made by `python leaderboard.py table`; `python leaderboard.py check` redoes the arithmetic. Ranks and p-values hold among entries of the same data",
-             "and, where seconds count, the same hardware; others are not compared, and of each such group the first with 3 runs is a record.", ""]
-    for track, rule in TRACKS.items():
-        rows, groups = [], {}
-        for folder, record in records(track):
-            groups.setdefault(basis(track, record), []).append((folder, record))
-        for group in groups.values():
-            for rank, (folder, record) in enumerate(sorted(group, key=lambda found: found[1]["mean"], reverse=rule.higher), 1):
-                p = show(next(iter(record["tests"].values())), ".2g") if record["before"] else "not compared"
-                rows.append((rank, "record" if record["record"] else "non-record", record["date"][:10], folder.name[11:], mean_sd(record), record["n"], p,
-                             record["data_sha256"][:8], record["hardware"], f"[command]({track}/{folder.name}/README.md)"))
-        lines += [f"## {track}", "", f"{rule.about[0].upper()}{rule.about[1:]}. Of each run: {'; '.join(f'{key} {words}' for key, words, _ in rule.rules)}.", "",
-                  *table(("rank", "", "date", "name", rule.metric, "n", "p, against the record before", "data", "hardware", ""), rows), ""]
-    return "\n".join(lines)
+def means(text, value):
+    """Whether a setting that is given as text has this value."""
+    if isinstance(value, bool):
+        return text.lower() in (("1", "true") if value else ("0", "false"))
+    return float(text) == value if isinstance(value, (int, float)) else text == value
 
 
 def compared_with(grid):
     return "baseline" if grid["baseline"] else "twin"
 
 
-def study_readme(folder, grids):
-    lines = [f"# {folder.name}", "", marked(text_of(folder / "README.md")), "", f"All of it: `bash {shown(folder)}/run.sh`", ""]
-    for grid in grids:
-        data = ", ".join(f"{path} (sha256 {sha or 'unknown'})" for path, sha in grid["data"].items())
-        lines += [f"## {grid['grid']}", "", f"`python ablate.py {shlex.join(grid['command'])}`", "", f"Data: {data}.",
-                  *(line for one in grid["tables"] for line in (f"{one['summary']}.", "", ablate.markdown(one["arms"], one["metric"], compared_with(grid)), "")),
-                  f"![{grid['grid']}]({grid['grid']}.png)", ""]
-    return "\n".join(lines)
+def study(args):
+    """Make a study of grids in ablations/, or store one that has gone on."""
+    folder = ROOT / "records" / "studies" / checked(args.name)
+    runs, grids = {}, []
+    for path in args.grids:
+        with well_formed(f"{path}: "):
+            grid = read_grid(path)
+            runs |= {run.name: run for run in finished_runs(grid)}
+            grids.append(redo_grid(grid, runs))
+    if not runs:
+        raise ValueError(f"no run of {', '.join(map(str, args.grids))} has finished")
+    if (folder / "logs.tar.xz").exists():
+        lost = sorted(read_archive(folder / "logs.tar.xz").keys() - runs.keys())
+        if lost:
+            raise ValueError(
+                f"{shown(folder)} holds runs that this would lose ({', '.join(lost)}): "
+                "restore it and give all its grids, or remove the folder to begin anew"
+            )
+    if not args.question and not (folder / "README.md").exists():
+        raise ValueError("a new study needs its --question")
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(folder, grids, runs)
+    store(folder, runs.values(), {"grids": grids}, args.name, args.question)
+    planned = sum(len(grid["runs"]) for grid in grids)
+    rest = "" if (folder / "run.sh").exists() else "; write its run.sh, the one command"
+    print(f"result: {shown(folder)}: {len(runs)} of {planned} runs{rest}")
 
 
-def study_rows(folder, grids):
-    """The rows of README.md's table: every arm of a study that was tested against its twin, by its grid's first metric; those of a grid with fewer
-    than 3 seeds, made to choose a setting, are not. Its cost is in FLOPs: seconds tell more of a machine that runs several at a time than of an arm."""
+def read_grid(path):
+    """The result.json that ablate.py has left in a folder, with the grid's name."""
+    if not (path / "result.json").is_file():
+        raise ValueError(f"{path}: no result.json of ablate.py in it")
+    grid = json.loads(content(path / "result.json")) | {"grid": checked(path.resolve().name)}
+    if grid["script"] != "train_gpt.py":
+        raise ValueError(
+            f"{path} is a grid of {grid['script']}; a study needs runs with an environment.json, "
+            "as train_gpt.py writes it"
+        )
+    return grid
+
+
+def finished_runs(grid):
+    """The Runs of a grid in logs/ that are finished and, if it evaluates them, evaluated."""
+    wanted = ["result.json"]
+    if any(flag.startswith("--evaluate") for flag in grid["command"]):
+        wanted.append("evaluation-*.json")
+    folders = [ROOT / "logs" / one["run"] for one in grid["runs"]]
+    return [read_run(f) for f in folders if all(any(f.glob(name)) for name in wanted)]
+
+
+def restore(args):
+    """Unpack a study's runs into logs/. A run with other content there is left alone."""
+    count = 0
+    for run in read_archive(args.folder / "logs.tar.xz").values():
+        there = {name for name in run.files if (run.folder / name).exists()}
+        other = [name for name in there if content(run.folder / name) != run.files[name]]
+        if other:
+            print(f"warning: logs/{run.name} is left as it is: another {', '.join(other)} is there")
+            continue
+        run.folder.mkdir(parents=True, exist_ok=True)
+        # result.json, which says that a run is finished, comes last.
+        for name in sorted(run.files.keys() - there):
+            (run.folder / name).write_bytes(run.files[name])
+            count += 1
+    print(f"result: {count} files restored into logs/")
+
+
+def draw(folder, grids, runs):
+    """Draw a picture of each grid, and docs/twin.png if the study is the one that it shows."""
     for grid in grids:
-        metric, rows = grid["tables"][0]["metric"], {row["arm"]: row for row in grid["tables"][0]["arms"]}
-        for arm, found in ((arm, arm["paired"]) for arm in rows.values() if "paired" in arm and arm["paired"]["holm"] is not None):
-            flops = arm["flops"] and rows[arm["twin"]]["flops"] and arm["flops"] / rows[arm["twin"]]["flops"]
-            interval = " .. ".join(filter(None, (show(found["low"], "+.5f"), show(found["high"], "+.5f"))))
-            yield (f"[{folder.name}]({shown(folder)}/README.md)", grid["grid"], arm["arm"], ", ".join(grid["data"]), found["n"], metric,
-                   show(found["difference"], "+.5f"), interval, show(found["holm"], ".3g"), f"{flops:.2f}x" if flops else "")
+        made = {(one["arm"], one["seed"]): runs.get(one["run"]) for one in grid["runs"]}
+        logs = {key: run.rows for key, run in made.items() if run}
+        objectives = {run.result["config"]["jepa_objective"] for run in made.values() if run}
+        name = objectives.pop() if len(objectives) == 1 else ""
+        found, path = stats.Summary(**grid["tables"][0]), folder / f"{grid['grid']}.png"
+        plots.draw_grid(path, found, logs, compared_with(grid), name)
+        for row in found.arms:
+            if (grid["grid"], row["arm"]) == TWINS:
+                plots.draw_twin(ROOT / "docs" / "twin.png", row, logs, found.metric, name)
+
+
+# ------------------------------------------------------------------------------------------- pages
+
+
+def shown(path):
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def checked(name):
+    """The name of a folder. ValueError if it could lead elsewhere."""
+    if not re.fullmatch(NAME, name):
+        raise ValueError(
+            f"{name!r}: a name has letters, digits, _, . and - in it, and doesn't begin with . or -"
+        )
+    return name
+
+
+def mean_sd(record):
+    spread = "" if record["sd"] is None else f" ± {record['sd']:.2g}"
+    return f"{record['mean']:.5g}{spread}"
+
+
+def verdict(record):
+    """A record in one line: what it is, its mean, and what that was tested against."""
+    kind = "record" if record["record"] else "non-record"
+    parts = [f"{kind}, {record['metric']} {mean_sd(record)} over {record['n']} runs"]
+    parts += [f"{what}: p = {show(p, '.2g') or 'not known'}" for what, p in record["tests"].items()]
+    if not record["before"]:
+        parts.append("none before it to compare with")
+    if record["n"] < LEAST_SEEDS:
+        parts.append(f"fewer than {LEAST_SEEDS} runs: no claim")
+    return "; ".join(parts)
+
+
+def record_table(track, folder, record):
+    """The lines of a record's page that are generated."""
+    names = [name for name in record["runs"][0] if name != "weights_sha256"]
+    rows = [
+        [show(run[name], ".7g" if isinstance(run[name], float) else "") for name in names]
+        for run in record["runs"]
+    ]
+    command = f"torchrun --standalone --nproc_per_node={record['processes']} train_gpt.py"
+    compiled = "compiled" if record["compiled"] else "not compiled"
+    return [
+        f"{record['date'][:10]}, track {track}: {TRACKS[track].about}.",
+        f"Result: {verdict(record)}.",
+        "",
+        f"Command: `{command} --config {shown(folder)}/config.yaml --seed SEED`",
+        f"On {record['hardware']}, {compiled}, data {record['data_sha256']}, "
+        f"commit {record['commit']}. The source and all versions are in logs.tar.xz.",
+        "",
+        *markdown_table(names, rows),
+    ]
+
+
+def records_tables():
+    """The lines of records/README.md that are generated: a table a track, the newest first."""
+    lines = []
+    for track, rules in TRACKS.items():
+        rows = [record_row(*pair) for pair in reversed(records(track))]
+        names = ("date", "name", "", rules.metric, "n", "p, against the record before", "data")
+        about = f"{rules.about[0].upper()}{rules.about[1:]}."
+        lines += ["", f"## {track}", "", about, "", *markdown_table((*names, "hardware"), rows)]
+    return lines
+
+
+def record_row(folder, record):
+    """The cells of a record in the table of its track."""
+    link = f"[{folder.name[11:]}]({folder.parent.name}/{folder.name}/README.md)"
+    kind = "record" if record["record"] else "non-record"
+    p = "not compared"
+    if record["before"]:
+        p = show(next(iter(record["tests"].values())), ".2g")
+    made = record["data_sha256"][:8], record["hardware"]
+    return record["date"][:10], link, kind, mean_sd(record), record["n"], p, *made
+
+
+def study_table(folder, grids):
+    """The lines of a study's page that are generated: its grids."""
+    lines = [f"All of it: `bash {shown(folder)}/run.sh`"]
+    for grid in grids:
+        data = [f"{path} (sha256 {sha256 or 'unknown'})" for path, sha256 in grid["data"].items()]
+        lines += ["", f"## {grid['grid']}", "", f"`python ablate.py {shlex.join(grid['command'])}`"]
+        lines += ["", f"Data: {', '.join(data)}.", "", f"![{grid['grid']}]({grid['grid']}.png)"]
+        for table in grid["tables"]:
+            lines += ["", stats.markdown(stats.Summary(**table), compared_with(grid))]
+    return lines
+
+
+def studies_table():
+    """The lines of the table in docs/studies.md: each arm that was tested, by its first metric.
+
+    The arms of a grid with fewer than three seeds, which chooses a setting, are not tested.
+    """
+    rows = []
+    for folder, grids in studies():
+        for grid in grids:
+            arms = {row["arm"]: row for row in grid["tables"][0]["arms"]}
+            link = f"[{grid['grid']}](../{shown(folder)}/README.md)"
+            for row in arms.values():
+                if row["twin"] and row["paired"]["holm"] is not None:
+                    made = study_row(row, arms[row["twin"]], grid["tables"][0]["metric"])
+                    rows.append((link, *made))
+    names = ("grid", "arm", "n", "metric", "difference", "95% interval", "p (Holm)", "FLOPs")
+    return markdown_table(names, rows)
+
+
+def study_row(row, twin, metric):
+    """The cells of an arm in the table of all studies.
+
+    Its cost is in FLOPs: seconds say more of a machine that runs several arms at a time.
+    """
+    paired = row["paired"]
+    interval = f"{paired['low']:+.5f} .. {paired['high']:+.5f}"
+    cost = f"{row['flops'] / twin['flops']:.2f}x" if row["flops"] and twin["flops"] else ""
+    found = f"{paired['difference']:+.5f}", interval, show(paired["holm"], ".3g")
+    return row["arm"], paired["n"], metric, *found, cost
 
 
 def write_tables():
-    """Write what is generated of the READMEs; returns those that were otherwise."""
-    studies = [(file.parent, json.loads(file.read_text())["grids"]) for file in sorted((ROOT / "records" / "studies").glob("*/result.json"))]
-    names = ("study", "grid", "arm", "data", "n", "metric", "difference", "95% interval", "p (Holm)", "FLOPs")
-    block = "\n".join(table(names, [cells for one in studies for cells in study_rows(*one)]))
-    top = ROOT / "README.md"
-    made = {top: top.read_text(encoding="utf-8").replace(marked(text_of(top, "studies"), "studies"), marked(block, "studies")),
-            ROOT / "records" / "README.md": records_readme(),
-            **{folder / "README.md": record_readme(track, folder, record) for track in TRACKS for folder, record in records(track)},
-            **{folder / "README.md": study_readme(folder, grids) for folder, grids in studies}}
-    changed = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-    for path in changed:
-        path.write_text(made[path], encoding="utf-8")
-    return changed
+    """Write what is generated of the pages; returns those that were otherwise."""
+    tables = {
+        ROOT / "records" / "README.md": records_tables(),
+        ROOT / "docs" / "studies.md": studies_table(),
+    }
+    for track in TRACKS:
+        for folder, record in records(track):
+            tables[folder / "README.md"] = record_table(track, folder, record)
+    for folder, grids in studies():
+        tables[folder / "README.md"] = study_table(folder, grids)
+    return [page for page, lines in tables.items() if write_table(page, lines)]
 
 
-# ---- check
+def write_table(page, lines):
+    """Write lines between the marks of a page. Returns whether it was otherwise."""
+    text = page.read_text(encoding="utf-8")
+    begin, end = "<!-- table -->\n", "<!-- /table -->"
+    before, begun, rest = text.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise ValueError(
+            f"{shown(page)} has lost its lines {begin.strip()} and {end}; put them back"
+        )
+    new = before + begin + "".join(f"{line}\n" for line in lines) + end + after
+    page.write_text(new, encoding="utf-8")
+    return new != text
 
 
-def differences(found, right, where, near=1e-9):
-    """Yield a line for every place where two values of JSON differ, numbers by more than so much of their size."""
-    if isinstance(found, dict) and isinstance(right, dict):
-        for key in found | right:
-            yield from differences(found.get(key), right.get(key), f"{where} {key}", 1e-6 if key in LOOSE else near)
-    elif isinstance(found, list) and isinstance(right, list) and len(found) == len(right):
-        for i, pair in enumerate(zip(found, right)):
+def table(args):
+    """Write the tables and, if asked for, the pictures."""
+    if args.draw:
+        for folder, grids in studies():
+            draw(folder, grids, read_archive(folder / "logs.tar.xz"))
+    print(f"result: {', '.join(map(shown, write_tables())) or 'no table'} changed")
+
+
+# ------------------------------------------------------------------------------------------- check
+
+
+def differences(stored, computed, where, near=1e-9):
+    """Yield a line for every place where two values of JSON differ.
+
+    near: by what part of their size numbers may differ.
+    """
+    if isinstance(stored, dict) and isinstance(computed, dict):
+        for key in stored | computed:
+            own = 1e-6 if key in LOOSE else near
+            yield from differences(stored.get(key), computed.get(key), f"{where} {key}", own)
+    elif isinstance(stored, list) and isinstance(computed, list) and len(stored) == len(computed):
+        for i, pair in enumerate(zip(stored, computed, strict=True)):
             yield from differences(*pair, f"{where}[{i}]", near)
-    elif not (math.isclose(found, right, rel_tol=near) if {type(found), type(right)} <= {int, float} else found == right):
-        yield f"{where} is {found!r}, its logs give {right!r}"
+    else:
+        same = stored == computed
+        if {type(stored), type(computed)} <= {int, float}:
+            same = math.isclose(stored, computed, rel_tol=near)
+        if not same:
+            yield f"{where} is {stored!r}, its runs give {computed!r}"
 
 
-def stored(folder):
-    """(result.json, {name: Stored run}, the faults of these) of a record or study."""
-    if absent := [name for name in ("result.json", "logs.tar.xz") if not (folder / name).is_file()]:
+def read_folder(folder):
+    """(result.json, {name: Run}, their faults) of a record or study."""
+    absent = [name for name in ("result.json", "logs.tar.xz") if not (folder / name).is_file()]
+    if absent:
         raise ValueError(f"no {', '.join(absent)}")
+    result = json.loads((folder / "result.json").read_text())
     runs, wrong = read_archive(folder / "logs.tar.xz"), []
+    if sha256_file(folder / "logs.tar.xz") != result.pop("logs_sha256"):
+        wrong.append("logs.tar.xz is not the archive that result.json was computed from")
     for run in runs.values():
-        with whole(f"logs.tar.xz: {run.name}: "):
-            wrong += [f"logs.tar.xz: {fault}" for fault in faults(run)]
-    return json.loads((folder / "result.json").read_text()), runs, wrong
+        wrong += [f"logs.tar.xz: {fault}" for fault in faults(run)]
+    return result, runs, wrong
 
 
 def check_record(folder):
-    """Yield the faults of a record: what its archive doesn't bear out."""
-    track, (record, runs, wrong) = folder.parent.name, stored(folder)
-    if track not in TRACKS or record["date"][:10] != folder.name[:10]:
-        raise ValueError(f"must be TRACK/DATE_NAME, with its own date ({record['date'][:10]}) and a track of {', '.join(TRACKS)}")
+    """Yield the faults of a record."""
+    track, (record, runs, wrong) = folder.parent.name, read_folder(folder)
     if wrong:
         yield from wrong
         return
-    weights = {run["run"]: {key: run[key] for key in ("weights_bytes", "weights_sha256")} for run in record["runs"]}
+    if track not in TRACKS or record["date"][:10] != folder.name[:10]:
+        raise ValueError(f"is not TRACK/DATE_NAME of a known track and {record['date'][:10]}")
+    weights = {
+        run["run"]: {key: run[key] for key in ("weights_bytes", "weights_sha256")}
+        for run in record["runs"]
+    }
     if weights.keys() != runs.keys():
-        raise ValueError(f"result.json and logs.tar.xz hold different runs ({', '.join(sorted(weights.keys() ^ runs.keys()))})")
-    yield from differences(record, judge(track, summary(track, record["date"], runs.values(), weights)), "result.json:")
-    if (folder / "config.yaml").read_text() != config_text(next(iter(runs.values()))):
+        odd = ", ".join(sorted(weights.keys() ^ runs.keys()))
+        raise ValueError(f"result.json and logs.tar.xz hold different runs ({odd})")
+    redone = judge(track, summary(track, record["date"], runs.values(), weights))
+    yield from differences(record, redone, "result.json:")
+    if read_yaml(folder / "config.yaml") != settings_of(next(iter(runs.values()))):
         yield "config.yaml is not that of its runs"
-    if (folder / "submission.json").exists():
-        sent = json.loads((folder / "submission.json").read_text())
-        yield from differences(sent, submission(folder, sent["author"], sent["github_id"]), "submission.json:")
 
 
 def check_study(folder):
     """Yield the faults of a study."""
-    result, runs, wrong = stored(folder)
-    grids = result["grids"]
-    wrong += [f"logs.tar.xz: {name} is a run of none of its grids" for name in runs if name not in {r["run"] for grid in grids for r in grid["runs"]}]
-    yield from wrong + [f"no {name}" for name in ("run.sh", *(f"{grid['grid']}.png" for grid in grids)) if not (folder / name).is_file()]
-    for grid in grids if not wrong else []:
-        yield from differences(grid, redo_grid(grid, runs)[0], f"result.json, grid {grid['grid']}:")
-
-
-def rewritten():
-    """Yield a line for every table that wasn't what the result.json files give; it is now."""
-    for path in write_tables():
-        yield f"{shown(path)} was not what the result.json files give; rewritten"
+    result, runs, wrong = read_folder(folder)
+    planned = {one["run"] for grid in result["grids"] for one in grid["runs"]}
+    odd = sorted(runs.keys() - planned)
+    wrong += [f"logs.tar.xz: {name} is a run of none of its grids" for name in odd]
+    files = ["run.sh", *(f"{grid['grid']}.png" for grid in result["grids"])]
+    wrong += [f"no {name}" for name in files if not (folder / name).is_file()]
+    if wrong:
+        yield from wrong
+        return
+    for grid in result["grids"]:
+        yield from differences(grid, redo_grid(grid, runs), f"result.json, grid {grid['grid']}:")
 
 
 def check(args):
-    """Redo the arithmetic of all that is in records/, then, where it is right, the tables; one line for each fault, and exit status 1."""
-    found, files = [], [file for file in (ROOT / "records").glob("*/*/*") if file.parents[1].name != "studies" or file.name in ("result.json", "logs.tar.xz")]
-    folders = sorted({file.parent for file in files})  # a study that wasn't run yet has neither of the two
-
-    def note(where, lines):
-        try:
-            with whole():
-                found.extend(f"{where}: {fault}" for fault in lines)
-        except (ValueError, OSError) as e:
-            found.append(f"{where}: {e}")
+    """Redo all numbers of records/ and, if they are right, the tables; exit 1 after a fault."""
+    found = []
+    # A study that hasn't run yet has neither file.
+    names = ("result.json", "logs.tar.xz")
+    folders = sorted({f.parent for name in names for f in (ROOT / "records").glob(f"*/*/{name}")})
     for folder in folders:
-        note(shown(folder), (check_study if folder.parent.name == "studies" else check_record)(folder))
+        look = check_study if folder.parent.name == "studies" else check_record
+        try:
+            with well_formed():
+                for fault in look(folder):
+                    found.append(f"{shown(folder)}: {fault}")
+        except (ValueError, OSError) as e:
+            found.append(f"{shown(folder)}: {e}")
     if not found:
-        note("tables", rewritten())
+        what = "was not what the result.json files give; rewritten"
+        found = [f"{shown(page)} {what}" for page in write_tables()]
     if found:
         print(*found, f"{len(found)} fault(s)", sep="\n", file=sys.stderr)
         raise SystemExit(1)
     print(f"result: {len(folders)} records and studies, no fault")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+# -------------------------------------------------------------------------------------------- main
+
+
+def parse(argv):
+    """The arguments, with the command's function in `command`."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     commands = parser.add_subparsers(required=True)
-    def command(name, do, about):
-        p = commands.add_parser(name, help=about, allow_abbrev=False)
-        p.set_defaults(do=do)
-        return p
-    p = command("add", add, "finished runs become a record, or a non-record")
-    p.add_argument("runs", nargs="+", metavar="logs/RUN")
-    p.add_argument("--track", choices=TRACKS, required=True)
-    p.add_argument("--name", required=True, help="of the folder, behind the date")
-    p.add_argument("--text", required=True, help="what changed, for its README")
-    p = command("study", study, "grids of ablate.py become a study, or update it")
-    p.add_argument("grids", nargs="+", metavar="ablations/GRID")
-    p.add_argument("--name", required=True, help="of the folder")
-    p.add_argument("--question", help="for its README (default: what stands there)")
-    command("restore", restore, "a study's runs back into logs/").add_argument("folder", type=lambda text: Path(text).resolve(), metavar="records/studies/NAME")
-    p = command("submission", submit, "write a record's submission.json")
-    p.add_argument("folder", type=lambda text: Path(text).resolve(), metavar="records/golf_16mb/RECORD")
-    p.add_argument("--author", required=True)
-    p.add_argument("--github_id", required=True)
-    command("check", check, "redo the arithmetic of all that is in records/, then the tables")
-    command("table", lambda args: print(f"result: {', '.join(map(shown, write_tables())) or 'nothing'} changed"), "write the tables")
-    args = parser.parse_args(argv)
-    try:
-        args.do(args)
-    except (ValueError, OSError) as e:
-        raise SystemExit(f"error: {e}") from None
-    except ImportError as e:
-        raise SystemExit(f'error: needs {e.name}: pip install -e ".[eval]"') from None
+
+    def command(function, about):
+        one = commands.add_parser(function.__name__, help=about, allow_abbrev=False)
+        one.set_defaults(command=function)
+        return one
+
+    one = command(add, "make a record, or a non-record, of finished runs")
+    one.add_argument("runs", nargs="+", type=Path, metavar="logs/RUN")
+    one.add_argument("--track", choices=TRACKS, required=True)
+    one.add_argument("--name", required=True, help="of the folder, after the date")
+    one.add_argument("--text", required=True, help="what changed, for its README")
+    one = command(study, "make a study of grids of ablate.py, or update it")
+    one.add_argument("grids", nargs="+", type=Path, metavar="ablations/GRID")
+    one.add_argument("--name", required=True, help="of the folder")
+    one.add_argument("--question", help="for its README (default: what stands there)")
+    one = command(restore, "put a study's runs back into logs/")
+    one.add_argument("folder", type=Path, metavar="records/studies/NAME")
+    command(check, "redo every number of records/, then the tables")
+    one = command(table, "write the tables")
+    one.add_argument("--draw", action="store_true", help="and the pictures")
+    return parser.parse_args(argv)
+
+
+@one_line_errors()
+def main(argv=None):
+    args = parse(argv)
+    args.command(args)
 
 
 if __name__ == "__main__":
