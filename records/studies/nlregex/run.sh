@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# As it was run, with the source of commit 4429422: data/pairs.py has been renamed since.
 # NTP, pair and span on a quarter and a sixteenth of NL-RX-SYNTH, lambda chosen on a held-out tenth of train.
 # Arguments: the train and the test file, JSON lines of messages (8,000 and 2,000 pairs).
 set -euo pipefail

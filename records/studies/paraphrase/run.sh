@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# As it was run, with the source of commit 4429422: data/pairs.py has been renamed since.
 # Pretraining on paraphrases with and without the pair term, then Rotten Tomatoes fine-tuning of both without it.
 # Arguments: paraphrase train and test files (JSON lines of paraphrases), Rotten Tomatoes train and test files (of messages).
 set -euo pipefail

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# As it was run, with the source of commit 4429422: JEPA_UPDATE has been removed and data/stdlib.py renamed since.
 # Does the span term help where data is short? Every arm at its own best number of steps, chosen on a held-out part of train.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."

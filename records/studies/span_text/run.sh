@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# As it was run, with the source of commit 269ce99: JEPA_UPDATE has been removed since.
 # Does the span term help on text where every token is new? Coupled and decoupled, a mid-layer tap, and AdamW for all.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
