@@ -703,11 +703,10 @@ fully_shard(trainer.model)
 backward()
 for name, p in trainer.model.named_parameters():
     torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
-print("sharded", type(p).__name__)
+assert isinstance(p, torch.distributed.tensor.DTensor)
 """
     (tmp_path / "shard.py").write_text(code)
-    text = finish(launch(processes=2, script=tmp_path / "shard.py"))
-    assert text.count("sharded DTensor") == 2, text
+    finish(launch(processes=2, script=tmp_path / "shard.py"))  # each process asserts
 
 
 def test_evaluation_is_a_mean_over_labels_and_pairs(models, questions, tmp_path):
