@@ -11,10 +11,9 @@
     python ablate.py best ablations/NAME --over JEPA_LAMBDA             arms for a next grid
 
 Other flags are the script's, the same for all runs. A twin is an arm without the settings of its
-term and without its files, with the weight 0; it is added if it is missing. All arms have the same
-seeds, data, batch, compile mode and budget. {seed} in a setting is the run's seed, for example
-INIT_FROM=logs/other-seed{seed}. best prints, of arms that differ in one setting alone, the one with
-the best mean.
+term and without its files, with the weight 0; it is added if it is missing. {seed} in a setting is
+the run's seed, for example INIT_FROM=logs/other-seed{seed}. best prints, of arms that differ in
+one setting alone, the one with the best mean.
 
 Runs are interleaved: all arms of a seed, then the next seed, so drift of the machine hits all
 alike. The same command again continues a stopped grid and tries failed runs again.
@@ -29,6 +28,7 @@ import hashlib
 import itertools
 import json
 import os
+import queue
 import re
 import shlex
 import subprocess
@@ -42,7 +42,8 @@ from typing import NamedTuple
 
 import yaml
 
-from nanojepa.files import one_line_errors, write_whole
+from nanojepa.corpora import EMBEDDED
+from nanojepa.files import one_line_errors, script_parser, write_whole
 
 try:
     from nanojepa import plots, stats
@@ -55,7 +56,7 @@ ROOT = Path(__file__).resolve().parent
 class Script(NamedTuple):
     """What ablate.py knows of a script that trains."""
 
-    config: str  # the module of its Config
+    settings: str  # the file of its Config, in which a group is called JEPA
     weight: str  # the setting that is 0 in a twin
     metric: str  # what is compared
     evaluated: str  # what is compared with --evaluate
@@ -64,19 +65,22 @@ class Script(NamedTuple):
     budgets: dict  # {kind of --budget: the setting that holds it}
 
 
-STEPS = "iterations"
 SCRIPTS = {
     "train_gpt.py": Script(
-        config="train_gpt",
+        settings="train_gpt.py",
         weight="jepa_lambda",
         metric="val_bpb",
         evaluated="startswith",
         seed="seed",
         place="run_id",
-        budgets={"steps": STEPS, "flops": "train_flops", "seconds": "max_wallclock_seconds"},
+        budgets={
+            "steps": "iterations",
+            "flops": "train_flops",
+            "seconds": "max_wallclock_seconds",
+        },
     ),
     "finetune.py": Script(
-        config="nanojepa.hf.settings",
+        settings="nanojepa/hf/settings.py",
         weight="lbd",
         metric="eval_loss",
         evaluated="accuracy",
@@ -85,23 +89,6 @@ SCRIPTS = {
         budgets={"flops": "same_flop"},
     ),
 }
-# Settings of a term, which a twin doesn't have.
-TERM = re.compile(
-    r"jepa_\w+|objective|span|step_jepa|predictors|linear_predictor|infonce|front_pred|reverse_pred"
-    r"|views|last_token|gamma"
-)
-# What all arms share, so that their results and their step times compare.
-SHARED = {
-    "program and batch": ("compile", *stats.PROGRAM),
-    "data": (
-        *("data_path", "tokenizer", "doc_token", "long_examples", "train_file", "eval_file"),
-        *("data_file", "eval_split", "split_seed", "max_items", "max_eval_items", "config_name"),
-        "train_split",
-    ),
-    "measurement": ("val_tokens", "eval_stride", "val_loss_every", "target_val_loss"),
-}
-# Settings that are a file or a folder.
-FILES = ("train_file", "eval_file", "data_file", "data_path", "tokenizer", "init_from", "name")
 
 # ------------------------------------------------------------------------------------------- arms
 
@@ -140,52 +127,30 @@ def parse_arm(items, script, where):
                 "--arms and blanks between the settings of --arm"
             )
         if mark == "=":  # training.lbd is lbd
-            given, name = settings, name.lower().rpartition(".")[2]
-        elif name not in project_files():
-            raise ValueError(f"{where}: {name} is no file of the project, named from its root")
-        elif not Path(value).is_file():
-            raise ValueError(f"{where}: {value} is no file")
-        else:
-            given = files
-        if name in given:
-            raise ValueError(f"{where}: {name} is there twice")
-        given[name] = value
+            settings[name.lower().rpartition(".")[2]] = value
+            continue
+        for path, place in ((ROOT / name, "the project"), (Path(value), "this folder")):
+            if not path.is_file():
+                raise ValueError(f"{where}: {path} is no file; name it from {place}")
+        files[name] = value
     weight = SCRIPTS[script].weight
     settings = tuple(sorted(settings.items(), key=lambda pair: (pair[0] != weight, pair[0])))
-    if is_zero(dict(settings).get(weight, "1")):  # without the term, its settings mean nothing
+    if not dict(settings).get(weight, "1").strip("0."):  # its settings mean nothing then
         settings = without_term(settings, script)
     return stats.Arm(settings, tuple(sorted(files.items())))
 
 
-def is_zero(text):
-    try:
-        return float(text) == 0
-    except ValueError:  # the script will say what is wrong with it
-        return False
-
-
 def without_term(settings, script):
     """The settings of an arm's twin."""
-    weight = SCRIPTS[script].weight
-    others = [pair for pair in settings if pair[0] != weight and not TERM.fullmatch(pair[0])]
-    return ((weight, "0"), *others)
+    weight, term = SCRIPTS[script].weight, term_settings(script)
+    return ((weight, "0"), *(pair for pair in settings if pair[0] not in term))
 
 
-def check_arms(arms, script, budget):
-    """ValueError if an arm sets what all of them share; budget: the text of --budget or None."""
-    limits = set(SCRIPTS[script].budgets.values()) if budget else set()
-    shared = {**SHARED, "budget": limits - {STEPS} if budget == "steps" else limits}
-    settings = [(arm, *pair) for arm in reversed(arms) for pair in arm.settings]  # twins last
-    for arm, name, value in settings:
-        groups = [group for group, names in shared.items() if name in names]
-        if groups:
-            advice = f"give it as a flag for all: --{name}={value}"
-            if groups == ["budget"]:
-                advice = "leave it to --budget"
-            raise ValueError(
-                f"arm {arm.label}: {name} belongs to the {groups[0]}, which all arms share; "
-                f"{advice}"
-            )
+def term_settings(script):
+    """The names of the settings in a script's group JEPA."""
+    groups = re.split(r"\n +# ---- ", (ROOT / SCRIPTS[script].settings).read_text())
+    term = "".join(group for group in groups if group.startswith("JEPA\n"))
+    return re.findall(r"^    (\w+): ", term, re.MULTILINE)
 
 
 def budget_flags(text, script):
@@ -215,16 +180,8 @@ importlib.import_module(script)
 module = importlib.import_module(place)
 more = {"aliases": module.ALIASES} if hasattr(module, "ALIASES") else {"environ": os.environ}
 loaded = [load_settings(module.Config, argv, **more) for argv in json.load(sys.stdin)]
-settings = [(as_dict(one.config), one.origin) for one in loaded]
-print(json.dumps([list(project_sources(folder)), settings]))
+print(json.dumps([list(project_sources(folder)), [as_dict(one.config) for one in loaded]]))
 """
-
-
-class Settings(NamedTuple):
-    """What a script reads: {name: value} and {name: where it is from}, without sections."""
-
-    values: dict
-    origin: dict
 
 
 def project_files():
@@ -260,23 +217,19 @@ def copy_source(arm, out):
 
 
 def read_settings(folder, script, flags):
-    """(names of the files that a script is made of, its [Settings]) by the source in a folder.
+    """(names of the files that a script is made of, [{setting: value}]) by the source in a folder.
 
     flags: for each run the list of its flags. ValueError if the script would refuse them.
     """
-    command = [sys.executable, "-c", READ_SETTINGS, folder, Path(script).stem]
-    command.append(SCRIPTS[script].config)
-    settings = []
+    place = SCRIPTS[script].settings.removesuffix(".py").replace("/", ".")
+    command = [sys.executable, "-c", READ_SETTINGS, folder, Path(script).stem, place]
     done = subprocess.run(command, input=json.dumps(flags), capture_output=True, text=True)
     if done.returncode:
         kind, _, message = done.stderr.strip().splitlines()[-1].partition(": ")
         wrong = message if kind == "ValueError" else f"{folder / script}: {kind}: {message}"
         raise ValueError(wrong)
     files, found = json.loads(done.stdout.splitlines()[-1])
-    for values, origin in found:
-        origin = {key.rpartition(".")[2]: where for key, where in origin.items()}
-        settings.append(Settings(without_sections(values), origin))
-    return files, settings
+    return files, [without_sections(settings) for settings in found]
 
 
 def without_sections(settings):
@@ -287,25 +240,18 @@ def without_sections(settings):
     return flat
 
 
-def content(path):
-    """What stands for a file or a folder in a run's name.
+def content(value):
+    """What stands for a setting's value in a run's name; if it is a file, that is its content.
 
-    That is the text of a file; of a folder its weights, or its meta.json but for what it says of
-    the source (there are the sums of its shards), or else its place.
+    A folder's content is its weights, or its meta.json, in which the sums of its shards are.
     """
-    from nanojepa.batches import EMBEDDED_DATA  # here, since it imports torch
-
-    place = Path(path)
-    if path in EMBEDDED_DATA:  # a run makes it if it is missing
-        return path
-    for file in (place, place / "model.safetensors"):
+    if not isinstance(value, str) or value in EMBEDDED:  # a run makes the latter if it is missing
+        return value
+    place = Path(value)
+    for file in (place, place / "model.safetensors", place / "meta.json"):
         if file.is_file():
             return digest(file.read_bytes())
-    if (place / "meta.json").is_file():
-        meta = json.loads((place / "meta.json").read_text())
-        kept = {k: v for k, v in meta.items() if k not in ("source", "licence", "sha256")}
-        return digest(json.dumps(kept))
-    return str(place.resolve()) if place.is_dir() else path  # or a name on the hub
+    return str(place.resolve()) if value and place.is_dir() else value
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -328,33 +274,19 @@ class Run(NamedTuple):
             return None
         result = {}
         for file in files:
-            try:
-                result.update(**json.loads(file.read_text()))
-            except (ValueError, TypeError, RecursionError) as e:
-                again = self.folder if file.name == "result.json" else file
-                raise ValueError(
-                    f"{file}: not a JSON object ({e}), so it was damaged; remove {again} and run "
-                    "the grid again"
-                ) from None
+            result |= json.loads(file.read_text())
         config = self.folder / "config.yaml"
         if "config" not in result and config.is_file():
             result["config"] = without_sections(yaml.safe_load(config.read_text()))
         return result
 
 
-class Plan(NamedTuple):
-    arms: list
-    runs: list  # interleaved over the arms
-    settings: Settings  # of the first arm, a twin or the baseline
-
-
 def plan(args, flags, out):
-    """The Plan of a grid; flags: the script's own, for all runs."""
+    """(the arms of a grid, its runs, interleaved over the arms); flags: the script's, for all."""
     arms = parse_arms(args.arms, args.script, args.arm, args.baseline)
-    check_arms(arms, args.script, args.budget)
     flags = ([f"--config={args.config}"] if args.config else []) + flags
     flags += budget_flags(args.budget, args.script)
-    by_source, planned = {}, {}
+    by_source, runs = {}, {}
     for arm in arms:
         by_source.setdefault(copy_source(arm, out), []).append(arm)
     seeds = range(args.first_seed, args.first_seed + args.seeds)
@@ -363,12 +295,11 @@ def plan(args, flags, out):
         given = [flags_of(arm, seed, flags) for seed, arm in cells]
         files, found = read_settings(source, args.script, given)
         for (seed, arm), argv, settings in zip(cells, given, found, strict=True):
-            name = name_run(arm, args.script, settings, source, files)
-            run = make_run(args, arm, seed, name, [source / args.script, *argv], out)
-            planned[seed, arm] = run, settings
-    runs = [planned[seed, arm][0] for seed in seeds for arm in arms]
+            name = f"{args.name}-{name_run(arm, args.script, settings, source, files)}-seed{seed}"
+            runs[seed, arm] = make_run(args, arm, seed, name, [source / args.script, *argv], out)
+    runs = [runs[seed, arm] for seed in seeds for arm in arms]
     check_different(runs)
-    return Plan(arms, runs, planned[seeds[0], arms[0]][1])
+    return arms, runs
 
 
 def flags_of(arm, seed, flags):
@@ -381,28 +312,20 @@ def name_run(arm, script, settings, source, files):
 
     files: names in the folder `source` of what the script is made of.
     """
-    made = {}
-    for name, value in settings.values.items():
-        if name not in (SCRIPTS[script].seed, SCRIPTS[script].place, "resume"):
-            made[name] = content(value) if name in FILES and value else value
-        elif settings.origin[name].startswith("flag"):
-            raise ValueError(
-                f"arm {arm.label}: {name} is set here for every run; see --seeds, --first_seed "
-                "and --name"
-            )
+    own = (SCRIPTS[script].seed, SCRIPTS[script].place, "resume")
+    made = {name: content(value) for name, value in settings.items() if name not in own}
     replaced = dict(arm.files)
     code = [(source / name).read_bytes() for name in dict.fromkeys((*files, *replaced))]
     return digest(script, json.dumps(made), *replaced, *code)
 
 
 def make_run(args, arm, seed, name, command, out):
-    script, name = SCRIPTS[args.script], f"{args.name}-{name}-seed{seed}"
-    folder, evaluation = ROOT / "logs" / name, None
+    script, folder, evaluation = SCRIPTS[args.script], ROOT / "logs" / name, None
     if args.evaluate:
         test = digest(Path(args.evaluate).read_bytes(), args.task)
         evaluation = folder / f"evaluation-{test}.json"
     place = name if script.place == "run_id" else folder
-    own = [f"--{script.seed}={seed}", f"--{script.place}={place}"]
+    own = [f"--{script.seed}={seed}", f"--{script.place}={place}", "--resume=auto"]
     command = [sys.executable, *map(str, command), *own]
     return Run(arm, seed, folder, command, out / f"{name}.log", evaluation)
 
@@ -425,10 +348,6 @@ def execute(run, args, gpu):
     The run has failed if it has no result then. gpu: "" for whatever there is.
     """
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
-    trained = (run.folder / "result.json").is_file()
-    if run.folder.exists() and not trained:
-        stopped = time.strftime("stopped%Y%m%d-%H%M%S")
-        run.folder.rename(run.folder.with_name(f"{run.folder.name}.{stopped}"))
     with open(run.log, "ab") as log:
 
         def call(command, output):
@@ -436,12 +355,13 @@ def execute(run, args, gpu):
             log.flush()
             return subprocess.run(command, stdout=output, stderr=log, env=environment)
 
+        trained = (run.folder / "result.json").is_file()
         if not trained and call(run.command, log).returncode:
             return
         if run.evaluation:
             done = call(evaluate_command(run, args), subprocess.PIPE)
             log.write(done.stdout)
-            if not done.returncode and done.stdout.strip():
+            if not done.returncode:
                 write_whole(run.evaluation, done.stdout.strip().splitlines()[-1])
 
 
@@ -455,22 +375,25 @@ def evaluate_command(run, args):
     return [sys.executable, script, "accuracy", *of, "--data", args.evaluate, *task]
 
 
-def execute_all(runs, args, gpus):
-    """Execute runs in their order, one on each of `gpus` at a time; yields those that have ended.
+def execute_all(runs, args):
+    """Execute runs in their order, so many at a time; yields those that have ended."""
+    gpus = args.gpus.split(",") if args.gpus else [""] * args.jobs
+    free = queue.SimpleQueue()
+    for gpu in gpus:
+        free.put(gpu)
 
-    The next one starts when the caller goes on.
-    """
-    waiting = iter(runs)
+    def work(run):
+        gpu = free.get()
+        execute(run, args, gpu)
+        free.put(gpu)
+        return run
+
     with ThreadPoolExecutor(len(gpus)) as pool:
-        first = zip(gpus, waiting, strict=False)
-        running = {pool.submit(execute, run, args, gpu): (run, gpu) for gpu, run in first}
-        while running:
-            ended = next(as_completed(running))
-            run, gpu = running.pop(ended)
-            ended.result()
-            yield run
-            for run in itertools.islice(waiting, 1):
-                running[pool.submit(execute, run, args, gpu)] = run, gpu
+        try:
+            for ended in as_completed([pool.submit(work, run) for run in runs]):
+                yield ended.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ------------------------------------------------------------------------------------------ a grid
@@ -481,28 +404,23 @@ def run_grid(argv):
     args, flags = parse_flags(argv)
     script, out = SCRIPTS[args.script], ROOT / "ablations" / args.name
     metrics = (args.metric or (script.evaluated if args.evaluate else script.metric)).split(",")
-    grid = plan(args, flags, out)
-    left = [run for run in grid.runs if run.result() is None]
+    arms, runs = plan(args, flags, out)
+    left = [run for run in runs if run.result() is None]
     print(
-        f"{len(grid.arms)} arms x {args.seeds} seeds, {len(grid.runs) - len(left)} runs finished, "
-        f"{len(left)} to do; {', '.join(arm.label for arm in grid.arms)}",
+        f"{len(arms)} arms x {args.seeds} seeds, {len(runs) - len(left)} runs finished, "
+        f"{len(left)} to do; {', '.join(arm.label for arm in arms)}",
         flush=True,
     )
-    values, origin = grid.settings
-    given = [f"{name}={values[name]}" for name in origin if "environment" in origin[name]]
-    if given:
-        print(f"from the environment, for all arms: {', '.join(given)}")
-    gpus = args.gpus.split(",") if args.gpus else [""] * args.jobs
     began = time.perf_counter()
-    for n, run in enumerate(execute_all(left, args, gpus), 1):
+    for n, run in enumerate(execute_all(left, args), 1):
         rest = timedelta(seconds=round((time.perf_counter() - began) / n * (len(left) - n)))
-        said = f"{run.arm.label}, seed {run.seed}: {outcome(run, grid.runs, metrics[0])}"
+        said = f"{run.arm.label}, seed {run.seed}: {outcome(run, runs, metrics[0])}"
         print(f"{n} of {len(left)} runs, {rest} left: {said}", flush=True)
         # A metric that isn't there is found out now, not after the last run.
-        if sum(run.result() is not None for run in grid.runs) >= len(grid.arms):
-            report(grid, args, argv, metrics, out)
-    first, text = report(grid, args, argv, metrics, out)
-    title = draw(grid, first, args, out / "ablation.png")
+        if sum(run.result() is not None for run in runs) >= len(arms):
+            report(arms, runs, args, argv, metrics, out)
+    first, text = report(arms, runs, args, argv, metrics, out)
+    title = draw(runs, first, args, out / "ablation.png")
     print(f"{text}\n\nresult: {title}; see table.md and ablation.png in ablations/{args.name}")
     return first.arms
 
@@ -520,21 +438,21 @@ def outcome(run, runs, metric):
     return f"{metric} {value:.5g}, mean of {len(values)}: {fmean(values):.5g}"
 
 
-def report(grid, args, argv, metrics, out):
+def report(arms, runs, args, argv, metrics, out):
     """Write table.md and result.json of the runs so far; returns (the first Summary, the text)."""
     word = compared_with(args)
-    trials = [stats.Trial(run.arm.label, run.seed, run.result()) for run in grid.runs]
-    found = [stats.summarise(grid.arms, trials, metric, word) for metric in metrics]
+    trials = [stats.Trial(run.arm.label, run.seed, run.result()) for run in runs]
+    found = [stats.summarise(arms, trials, metric, word) for metric in metrics]
     text = "\n\n".join(stats.markdown(one, word) for one in found)
     (out / "table.md").write_text(f"{text}\n\nCommand: `python ablate.py {shlex.join(argv)}`\n")
     result = {
         "command": argv,
         "script": args.script,
-        "baseline": grid.arms[0].label if word == "baseline" else None,
+        "baseline": arms[0].label if word == "baseline" else None,
         "tables": [one._asdict() for one in found],
         "runs": [
             {"arm": t.arm, "seed": t.seed, "run": run.folder.name, "finished": t.result is not None}
-            for run, t in zip(grid.runs, trials, strict=True)
+            for run, t in zip(runs, trials, strict=True)
         ],
     }
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -545,11 +463,16 @@ def compared_with(args):
     return "twin" if args.baseline is None else "baseline"
 
 
-def draw(grid, found, args, path):
+def draw(runs, found, args, path):
     """Draw the picture of a grid's Summary; returns its title."""
-    finished = [run for run in grid.runs if run.result() is not None]
-    logs = {(run.arm.label, run.seed): read_log(run.folder) for run in finished}
-    objective = grid.settings.values.get("jepa_objective", "")
+    results = [run.result() for run in runs]
+    logs = {
+        (run.arm.label, run.seed): read_log(run.folder)
+        for run, result in zip(runs, results, strict=True)
+        if result is not None
+    }
+    config = next((r.get("config", {}) for r in results if r is not None), {})
+    objective = config.get("jepa_objective", "")
     return plots.draw_grid(path, found, logs, compared_with(args), objective)
 
 
@@ -563,38 +486,35 @@ def read_log(folder):
 
 def parse_flags(argv):
     """(the flags of a grid, the list of the script's own); ValueError says what is wrong."""
-    parser = argparse.ArgumentParser(
-        usage="python ablate.py [--config FILE] --arms NAME=V,V [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    parser = script_parser(__doc__)
+    parser.usage = "python ablate.py [--config FILE] --arms NAME=V,V [flags]"
+    add, arm = parser.add_argument_group("what is compared").add_argument, '"NAME=V NAME=V"'
+    add(
+        "--arms", action="append", default=[], metavar="NAME=V,V", help="an axis; or FILE:PATH,PATH"
     )
-    add, arm = parser.add_argument, '"NAME=V NAME=V"'
-    add("--arms", action="append", metavar="NAME=V,V", help="an axis of a grid, or FILE:PATH,PATH")
-    add("--arm", action="append", metavar=arm, help="one arm; FILE:PATH too")
+    add("--arm", action="append", default=[], metavar=arm, help="one arm; FILE:PATH too")
     add("--baseline", metavar=arm, help="the arm that all are compared with, in place of twins")
-    add("--config", metavar="FILE", help="the script's YAML file")
-    add("--script", choices=SCRIPTS, default="train_gpt.py", help="default: train_gpt.py")
-    add("--seeds", type=int, default=3, metavar="N", help="seeds of each arm (default: 3)")
-    add("--first_seed", type=int, default=1, metavar="N", help="the first of them (default: 1)")
-    budget = "what all arms have: steps, flops or seconds; under bare steps they may set ITERATIONS"
-    add("--budget", metavar="KIND[=V]", help=f"{budget} (default: the config's)")
     add("--metric", metavar="NAME,NAME", help="numbers of result.json or the evaluation to compare")
     add("--evaluate", metavar="FILE", help="evaluate each run on this file")
     add("--task", help="evaluate.py's --task")
+    add = parser.add_argument_group("what all arms have").add_argument
+    add("--script", choices=SCRIPTS, default="train_gpt.py", help="default: train_gpt.py")
+    add("--config", metavar="FILE", help="the script's YAML file")
+    add("--budget", metavar="KIND[=V]", help="steps, flops or seconds (default: the config's)")
+    add("--seeds", type=int, default=3, metavar="N", help="seeds of each arm (default: 3)")
+    add("--first_seed", type=int, default=1, metavar="N", help="the first of them (default: 1)")
+    add = parser.add_argument_group("where").add_argument
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: 1)")
     add("--gpus", metavar="0,1", help="GPUs to use, one run on each at a time")
     add("--name", default="ablation", help="of the folder in ablations/ (default: ablation)")
     args, flags = parser.parse_known_args(argv)
-    args.arms, args.arm = args.arms or [], args.arm or []
     if not args.arms and not args.arm:
         raise ValueError("no arms: give --arms NAME=V,V or --arm NAME=V")
     if args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: must be at least 1")
-    if args.baseline is not None and not args.budget and args.script == "train_gpt.py":
-        raise ValueError("--baseline needs a --budget: its arms may differ in length")
-    if not re.fullmatch(r"\w[\w.-]*", args.name):
-        raise ValueError(f"--name {args.name}: may hold letters, digits, '_', '.' and '-' only")
+    for own in ("seed", SCRIPTS[args.script].seed, SCRIPTS[args.script].place):
+        if any(flag.split("=")[0] == f"--{own}" for flag in flags):
+            raise ValueError(f"--{own}: every run gets its own; see --seeds, --first_seed, --name")
     return args, flags
 
 

@@ -12,7 +12,6 @@ Wilson interval.
 """
 
 import argparse
-import functools
 import hashlib
 import json
 import random
@@ -25,19 +24,18 @@ import torch
 
 import train_gpt
 from model import GPT, LanguageModel
-from nanojepa.batches import ExampleSet, PairData, open_data
+from nanojepa.batches import PairData, open_data
 from nanojepa.device import start_process
 from nanojepa.eval.generation import predict
 from nanojepa.eval.predictions import open_output
-from nanojepa.eval.tasks import LETTERS, TASKS, Databases, answer_of, is_right, read_questions
+from nanojepa.eval.tasks import TASKS, answer_of, is_right, read_questions
+from nanojepa.examples import ExampleSet
 from nanojepa.files import one_line_errors, progress, sha256_file
 from nanojepa.hf.chat import Chat, remove_thinking
-from nanojepa.objectives import OBJECTIVES, StepRandom
-from nanojepa.packing import pack_rows
+from nanojepa.objectives import OBJECTIVES
 from nanojepa.records import full_views, read_jsonl, seen_in_train
 from nanojepa.settings import load_settings, read_yaml
 from nanojepa.stats import wilson
-from nanojepa.tokenizer import saved_encoding
 from nanojepa.weights import OBJECTIVE_FILE, load_weights
 
 ACCURACY = """Greedy generation, compared with what is right.
@@ -54,7 +52,7 @@ assistant's text:
                      punctuation and articles
   choice             of A, B, C and D, the likeliest first token is its letter
   spider             the SQL has the result of its SQL on --databases/<db_id>/<db_id>.sqlite, in
-                     order only if its SQL orders; "db_id" is a key of the line
+                     order if there is an ORDER BY in its SQL; "db_id" is a key of the line
 --output gets a header and a line for each example. The same command goes on after these lines."""
 
 SIMILARITY = """Mean and quantiles of the cosine of matched views, and of shuffled ones.
@@ -66,14 +64,7 @@ that W was fitted to, and on the other half. singular_values are the 100 largest
 --plot draws them, and both views by t-SNE."""
 
 SAMPLE = "A text that a run writes after a prompt."
-ONLY_MODEL = ("plain", "trust_remote_code", "task", "databases", "sql_timeout", "output", "dtype")
-ONLY_RUN = ("pred_tokens",)
-
-
-class Outcome(NamedTuple):
-    result: dict
-    file: Path  # where it is saved
-    draw: Any = None  # draws the picture
+ONLY_MODEL = ("plain", "trust_remote_code", "task", "databases", "output", "dtype")
 
 
 # ----------------------------------------------------------------------------- a run
@@ -107,33 +98,33 @@ def open_run(folder, change=None):
         raise ValueError(
             f"{data.folder} has no meta.json, so the tokenizer that encodes a text is unknown"
         )
-    encode = saved_encoding(data.folder, data.meta).encode_ordinary
+    encode = data.encoding.encode_ordinary
     model = train_gpt.build_model(cfg, data.vocab_size, device).eval()
     return TrainedRun(cfg, data, model, encode)
 
 
 def read_test(run, path, kind, bad):
-    """The views of a file's examples, texts, as the run's data has them; kind: pairs or groups."""
-    records = read_jsonl(path, bad)
+    """The views of a file's examples, texts, as the run's data has them.
+
+    kind: pairs or groups; None: that of the data.
+    """
+    data = run.data
+    if not isinstance(data, PairData):
+        raise ValueError(
+            f"the run was trained on text ({data.folder}), not on pairs or groups; choose sample"
+        )
+    records, kind = read_jsonl(path, bad), kind or data.meta["kind"]
     if records[0].kind != kind:
         raise ValueError(
             f"{path} holds {records[0].kind}, here {kind} are needed: an accuracy is of pairs, a "
             "similarity of the run's own kind"
         )
-    return [full_views(record, run.data.meta["keep_system"]) for record in records]
-
-
-def check_pairs(data):
-    if not isinstance(data, PairData):
-        raise ValueError(
-            f"the run was trained on text ({data.folder}), not on pairs or groups; choose sample"
-        )
+    return [full_views(record, data.meta["keep_system"]) for record in records]
 
 
 def accuracy_of_run(args):
     run = open_run(args.run)
-    data, model, encode = run.data, run.model, run.encode
-    check_pairs(data)
+    data, encode = run.data, run.encode
     test = read_test(run, args.data, "pairs", args.bad)
     prompts = [[data.doc_token, *encode(text), data.separator] for text, _ in test]
     # A text may have more tokens than its shortest encoding.
@@ -141,13 +132,14 @@ def accuracy_of_run(args):
     exact, starts = [False] * len(test), [False] * len(test)
     # Prompts of similar length side by side need little padding.
     order = sorted(range(len(test)), key=lambda i: len(prompts[i]))
-    for batch in in_batches(order, args.batch_size):
-        new = model.generate([prompts[i] for i in batch], limit, stop_token=data.doc_token)
+    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    for batch in progress(batches, "evaluating"):
+        new = run.model.generate([prompts[i] for i in batch], limit, stop_token=data.doc_token)
         for i, tokens in zip(batch, new, strict=True):
             text, code = run.decode(tokens), test[i][1].encode()
             exact[i], starts[i] = text == code, text.startswith(code)
     # The train set is taken whole, whatever LONG_EXAMPLES did to it.
-    train = ExampleSet(data.train, data.doc_token, data.separator, "train")
+    train = ExampleSet(data.train, data.doc_token, data.separator, "train", data.paired)
     train = [[run.decode(v).decode() for v in train.views(e)] for e in range(len(train))]
     clean = [not any(seen) for seen in seen_in_train(train, test, "pairs")]
     result = {"n": len(test), "n_clean": sum(clean)}
@@ -156,50 +148,32 @@ def accuracy_of_run(args):
         result[name] = sum(hits) / len(hits)
         result[f"{name}_wilson95"] = wilson(sum(hits), len(hits))
         result[f"{name}_clean"] = sum(clean_hits) / len(clean_hits) if clean_hits else None
-    return Outcome(result, Path(args.run) / f"accuracy-{Path(args.data).stem}.json")
+    return result, Path(args.run) / f"accuracy-{Path(args.data).stem}.json"
 
 
-def in_batches(items, size):
-    """Slices of a list, with a progress bar."""
-    return progress([items[i : i + size] for i in range(0, len(items), size)], "evaluating")
-
-
-def view_settings(cfg, pred_tokens=None):
+def view_settings(cfg):
     """The settings that say which views are compared: the run's, if its term compares two texts.
 
     If it doesn't, the first objective of the table that does, with no weights of its own and
-    without [PRED] tokens. pred_tokens: another number of them.
+    without [PRED] tokens.
     """
-    if not cfg.jepa_lambda or not OBJECTIVES[cfg.jepa_objective].needs_pairs:
-        paired = next(name for name, kind in OBJECTIVES.items() if kind.needs_pairs)
-        cfg = replace(cfg, jepa_lambda=0.0, diag_every=0, jepa_predictor="identity")
-        cfg = replace(cfg, jepa_objective=paired, jepa_pred_tokens=0)
-    return cfg if pred_tokens is None else replace(cfg, jepa_pred_tokens=pred_tokens)
+    if cfg.jepa_lambda and OBJECTIVES[cfg.jepa_objective].needs_pairs:
+        return cfg
+    paired = next(name for name, kind in OBJECTIVES.items() if kind.needs_pairs)
+    cfg = replace(cfg, jepa_lambda=0.0, diag_every=0, jepa_predictor="identity")
+    return replace(cfg, jepa_objective=paired, jepa_pred_tokens=0)
 
 
-class EncodedViews(NamedTuple):
-    """View A and view B (N, D) on the CPU, the example of each pair (N,), examples left out."""
-
-    u: torch.Tensor
-    v: torch.Tensor
-    group: torch.Tensor
-    skipped: int
-
-
-@torch.no_grad()
 def views_of_run(args):
-    """The EncodedViews of a file's examples, in random order, but those that fit no row."""
-    run = open_run(args.run, functools.partial(view_settings, pred_tokens=args.pred_tokens))
-    cfg, data, model = run.cfg, run.data, run.model
-    check_pairs(data)
-    device = model.embed.weight.device
-    objective = train_gpt.build_objective(cfg, data, device)
+    """(how many examples a file has, what states_of_views() needs of those that fit a row)."""
+    run = open_run(args.run, view_settings)
+    cfg, data = run.cfg, run.data
+    test = read_test(run, args.data, None, args.bad)
+    objective = train_gpt.build_objective(cfg, data, run.model.embed.weight.device)
     if cfg.jepa_lambda and objective.state_dict():
         load_weights(objective, args.run, OBJECTIVE_FILE)
-    test = read_test(run, args.data, data.meta["kind"], args.bad)
     random.Random(0).shuffle(test)
-    encoded = ([run.encode(view) for view in views] for views in test)
-    examples = [data.layout(views, objective) for views in encoded]
+    examples = [data.layout([run.encode(view) for view in views], objective) for views in test]
     # Of an example without a pair, there is nothing to compare.
     fit = [e for e in examples if e.pairs and max(map(len, e.documents)) <= cfg.train_seq_len]
     if len(fit) < 2:
@@ -207,28 +181,20 @@ def views_of_run(args):
             f"{args.data}: {len(fit)} of its examples have views that fit a row of TRAIN_SEQ_LEN="
             f"{cfg.train_seq_len}; a similarity needs two"
         )
-    lm, found = LanguageModel(model, cfg.jepa_layer), []
-    for numbers in in_batches(range(len(fit)), args.batch_size):
-        batch = pack_rows([fit[n] for n in numbers], data.doc_token)
-        group = numbers[0] + batch.group[batch.weight > 0]
-        batch.drawn = objective.draw(batch, StepRandom(0, 0, batch.items, batch.total_items))
-        batch = batch.to(device)
-        states = train_gpt.tapped_states(model, cfg, batch)
-        views = objective.views(lm, batch, states, batch.drawn)
-        counted = batch.drawn["weight"] > 0
-        found.append((views.u[counted].cpu(), views.v[counted].cpu(), group))
-    u, v, group = map(torch.cat, zip(*found, strict=True))
-    return EncodedViews(u, v, group, len(test) - len(fit))
+    lm = LanguageModel(run.model, cfg.jepa_layer)
+    return len(test), (lm, objective, fit, data.doc_token)
 
 
 def similarity(args):
-    from nanojepa.eval.similarity import compare_views, draw_views  # slow to import
+    # slow to import
+    from nanojepa.eval.similarity import compare_views, draw_views, states_of_views
 
-    u, v, group, skipped = views_of_run(args) if args.run else views_of_model(args)
-    result = compare_views(u, v, group) | {"skipped": skipped}
-    file = folder_of(args) / f"similarity-{Path(args.data).stem}.json"
-    draw = functools.partial(draw_views, args.plot, u, v, result) if args.plot else None
-    return Outcome(result, file, draw)
+    count, views = views_of_run(args) if args.run else views_of_model(args)
+    u, v, group = states_of_views(*views, args.batch_size)
+    result = compare_views(u, v, group) | {"skipped": count - len(group.unique())}
+    if args.plot:
+        draw_views(args.plot, u, v, result)
+    return result, folder_of(args) / f"similarity-{Path(args.data).stem}.json"
 
 
 def sample(args):
@@ -239,7 +205,7 @@ def sample(args):
         [prompt], args.tokens, args.temperature, args.top_k, run.data.doc_token, generator
     )
     text = run.decode(new).decode(errors="replace")
-    return Outcome({"prompt": args.prompt, "text": text}, Path(args.run) / "sample.json")
+    return {"prompt": args.prompt, "text": text}, Path(args.run) / "sample.json"
 
 
 # ----------------------------------------------------------------------------- a Hugging Face model
@@ -272,15 +238,14 @@ def open_chat(args, dtype, plain):
 
 
 def views_of_model(args):
-    """The EncodedViews of a file's examples, in random order."""
+    """(how many examples a file has, what states_of_views() needs of them)."""
     from nanojepa.hf.run import views_of
 
     records = read_jsonl(args.data, args.bad)
     random.Random(0).shuffle(records)
     plain = args.plain or text_settings(args.model)[0]
     model, chat = open_chat(args, torch.float32, plain)
-    u, v, group = views_of(model, chat, args.model, records, args.batch_size)
-    return EncodedViews(u, v, group, len(records) - len(group.unique()))
+    return len(records), views_of(model, chat, args.model, records)
 
 
 def accuracy_of_model(args):
@@ -298,7 +263,7 @@ def accuracy_of_model(args):
         result["tasks"] = {
             task: count_right([done[q.line] for q in questions if q.task == task]) for task in names
         }
-    return Outcome(result, output.parent / f"accuracy-{stem}-{name}.json")
+    return result, output.parent / f"accuracy-{stem}-{name}.json"
 
 
 def describe(args, task):
@@ -307,20 +272,16 @@ def describe(args, task):
     plain, removes_thinking = text_settings(folder)
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bf16" if torch.cuda.is_available() else "float32"
     return {
         "model": args.model,
         "weights": hashlib.sha256(repr(weights).encode()).hexdigest()[:16],
         "data_sha256": sha256_file(args.data),
         "task": task,
-        "dtype": dtype,
+        "dtype": args.dtype or ("bf16" if torch.cuda.is_available() else "float32"),
         "plain": args.plain or plain,
         "remove_thinking": removes_thinking,
         "tokens": args.tokens,
         "databases": args.databases,
-        "sql_timeout": args.sql_timeout,
     }
 
 
@@ -331,31 +292,26 @@ def predict_rest(args, header, questions, done, file):
     rest, answers = [q for q in questions if q.line not in done], {}
     for question in rest:
         try:
-            databases = Databases(args.databases, args.sql_timeout)
-            answers[question.line] = answer_of(question, databases)
+            answers[question.line] = answer_of(question, args.databases)
         except ValueError as e:
             raise ValueError(f"{args.data}, line {question.line}: {e}") from None
     dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[header["dtype"]]
     model, chat = open_chat(args, dtype, header["plain"])
     # The number is that of all lines, whatever is done.
     tokens = args.tokens or 2 * max(len(chat.encode(q.target)) for q in questions) + 8
-    for batch in predict(model, chat, rest, tokens, args.batch_size):
-        for question, text, likely in batch:
-            number, answer, text = question.line, answers[question.line], clean(text)
-            right = is_right(question.task, text, answer)
+    for asked, texts in predict(model, chat, rest, tokens, args.batch_size):
+        for question, text in zip(asked, map(clean, texts), strict=True):
+            number = question.line
+            right = is_right(question.task, text, answers[number])
             done[number] = {"line": number, "prediction": text, "correct": right}
-            if likely is not None:
-                done[number]["probability"] = likely[LETTERS.index(answer)].item()
             file.write(json.dumps(done[number]).encode() + b"\n")
         file.flush()
 
 
 def count_right(predictions):
-    """Accuracy, its interval and "n"; of a choice the mean "probability" of the right letter."""
+    """Accuracy, its interval and "n"."""
     hits, n = sum(p["correct"] for p in predictions), len(predictions)
-    counts = {"accuracy": hits / n, "wilson95": wilson(hits, n), "n": n}
-    likely = [p["probability"] for p in predictions if "probability" in p]
-    return counts | ({"probability": sum(likely) / len(likely)} if likely else {})
+    return {"accuracy": hits / n, "wilson95": wilson(hits, n), "n": n}
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -370,76 +326,73 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def above_zero(kind):
-    """An argparse type: a number above 0."""
-
-    def parse(text):
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
+def positive(text):
+    """An argparse type: a whole number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return int(text)
 
 
 def make_parser():
     parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="accuracy|similarity|sample")
-    count = above_zero(int)
-
-    def command(function, about):
+    for function, about in ((accuracy, ACCURACY), (similarity, SIMILARITY), (sample, SAMPLE)):
         one = commands.add_parser(function.__name__, description=about)
-        one.set_defaults(function=function, parser=one)
+        one.set_defaults(function=function)
         of = one.add_mutually_exclusive_group(required=True)
         of.add_argument("--run", help="folder of a finished run, logs/<id>")
-        return one, of
-
-    for function, about in ((accuracy, ACCURACY), (similarity, SIMILARITY)):
-        one, of = command(function, about)
-        add = one.add_argument
+        if function is sample:
+            add_sample_flags(one.add_argument)
+            continue
         of.add_argument("--model", help="folder or name on the hub, of a model or LoRA adapter")
+        add = one.add_argument
         add("--data", required=True, help="JSON lines of pairs; for similarity, of groups too")
         bad = "what a line that is wrong does; either names it (stop)"
         add("--bad", choices=("stop", "skip"), default="stop", help=bad)
-        add("--batch_size", type=count, default=128, help="examples at a time (128)")
-        add("--plain", action="store_true", help="of a model: without its chat template")
-        add("--trust_remote_code", action="store_true", help="run Python code of the model")
+        add("--batch_size", type=positive, default=128, help="examples at a time (128)")
         if function is similarity:
             add("--plot", metavar="FILE.png", help="draw the views")
-            tokens = "of a run: [PRED] tokens of view A (those that it trained)"
-            add("--pred_tokens", type=int, help=tokens)
-            continue
-        add("--task", choices=TASKS, help="of a model: what is right (each line's key task)")
-        add("--databases", metavar="DIR", help="of spider: holds <db_id>/<db_id>.sqlite")
-        seconds = "of spider: seconds that a query may take (10)"
-        add("--sql_timeout", type=above_zero(float), default=10.0, help=seconds)
-        add("--tokens", type=count, help="generated at most (twice the longest answer, and 8)")
-        place = "of a model: predictions (predictions-<data>-<task>.jsonl in its folder)"
-        add("--output", metavar="FILE", help=place)
-        dtypes = ("auto", "float32", "bf16")
-        add("--dtype", choices=dtypes, default="auto", help="of a model (bf16 on CUDA)")
-    one, _ = command(sample, SAMPLE)
-    one.add_argument("--prompt", required=True, help="what the text goes on from")
-    one.add_argument("--tokens", type=count, default=100, help="generated at most (100)")
-    one.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
-    one.add_argument("--top_k", type=int, default=50, help="tokens to choose from; 0: all (50)")
-    one.add_argument("--seed", type=int, default=1, help="of the draws (1)")
+        else:
+            add(
+                "--tokens",
+                type=positive,
+                help="generated at most (twice the longest answer, and 8)",
+            )
+        add = one.add_argument_group("of a model").add_argument
+        add("--plain", action="store_true", help="without its chat template")
+        add("--trust_remote_code", action="store_true", help="run Python code of the model")
+        if function is accuracy:
+            add_task_flags(add)
     return parser
 
 
+def add_task_flags(add):
+    add("--task", choices=TASKS, help="what is right (each line's key task)")
+    add("--databases", metavar="DIR", help="of spider: holds <db_id>/<db_id>.sqlite")
+    place = "predictions (predictions-<data>-<task>.jsonl in the model's folder)"
+    add("--output", metavar="FILE", help=place)
+    add("--dtype", choices=("float32", "bf16"), help="of the computation (bf16 on CUDA)")
+
+
+def add_sample_flags(add):
+    add("--prompt", required=True, help="what the text goes on from")
+    add("--tokens", type=positive, default=100, help="generated at most (100)")
+    add("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
+    add("--top_k", type=int, default=50, help="tokens to choose from; 0: all (50)")
+    add("--seed", type=int, default=1, help="of the draws (1)")
+
+
 def check_arguments(args):
-    """ValueError if flags of a model are given for a run, or the other way round."""
-    of_run = args.run is not None
-    for name in ONLY_MODEL if of_run else ONLY_RUN:
-        if getattr(args, name, None) != args.parser.get_default(name):
-            raise ValueError(f"--{name} belongs to --{'model' if of_run else 'run'}")
-    if not of_run and args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
+    """ValueError if flags of a model are given for a run, or if its folder isn't there."""
+    for name in ONLY_MODEL:
+        if args.run and getattr(args, name, None):
+            raise ValueError(f"--{name} belongs to --model")
+    if not args.run and args.model.startswith((".", "/", "~")) and not Path(args.model).is_dir():
         raise ValueError(f"--model {args.model}: no such folder")
 
 
 def accuracy(args):
-    return accuracy_of_model(args) if args.run is None else accuracy_of_run(args)
+    return accuracy_of_run(args) if args.run else accuracy_of_model(args)
 
 
 @one_line_errors()
@@ -448,15 +401,13 @@ def main(argv=None):
     check_arguments(args)
     began = time.perf_counter()
     try:
-        result, file, draw = args.function(args)
+        result, file = args.function(args)
     except torch.OutOfMemoryError:
         raise ValueError("out of GPU memory; lower --batch_size, finished lines are kept") from None
     except ModuleNotFoundError as e:
         raise ValueError(f'{e.name} is missing: pip install -e ".[finetune,eval]"') from None
     result["seconds"] = round(time.perf_counter() - began, 1)
     file.write_text(json.dumps(result) + "\n")
-    if draw:
-        draw()
     print(json.dumps(result))
 
 

@@ -1,6 +1,6 @@
-"""A compact GPT with one forward kernel, GPT._run_blocks, that can tap a layer.
+"""A compact GPT with one forward pass, GPT._run_blocks, that can tap a layer.
 
-Training, evaluation, generation and every objective go through that kernel. It knows no objective.
+Training, evaluation, generation and every objective go through it. It knows no objective.
 
 Shapes: B rows, T tokens, S keys (cached and new), D width, H query heads, G key/value heads,
 K head width, V vocabulary.
@@ -55,7 +55,7 @@ class GPTConfig:
 
 
 def norm(x):
-    """RMSNorm over the last dimension, without a gain: the next matrix can hold one."""
+    """RMSNorm over the last dimension, without a gain: the next matrix can absorb it."""
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)  # the default eps would differ with the dtype
 
 
@@ -142,7 +142,7 @@ class Block(nn.Module):
         self.attn = Attention(c, layer)
         self.fc = Linear(c.model_dim, c.mlp_mult * c.model_dim, 0.5 * c.model_dim**-0.5)
         self.proj = Linear(c.mlp_mult * c.model_dim, c.model_dim, 0)
-        # The weights of the stream and of the token's embedding on entry.
+        # The block's input is a learned mix of the stream and the token's embedding.
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))
 
     def forward(self, x, x0, v_token, rope, mask, cache):
@@ -160,8 +160,8 @@ class GPT(nn.Module):
         self.config = c = config
         self.embed = nn.Embedding(c.vocab_size, c.model_dim)
         nn.init.normal_(self.embed.weight, std=0.005 if c.tie_embeddings else 1.0)
-        # What a token says of itself to whoever attends to it: it is added to the values of every
-        # block (as the value embeddings of modded-nanogpt).
+        # A second embedding of the token, added to the values of every block, like the value
+        # embeddings of modded-nanogpt.
         self.value_embed = nn.Embedding(c.vocab_size, c.kv_dim) if c.value_embed else None
         if c.value_embed:
             nn.init.zeros_(self.value_embed.weight)
@@ -193,14 +193,14 @@ class GPT(nn.Module):
         if self.value_embed is not None:
             v_token = self.value_embed(idx).to(self.config.dtype)
         x = x0 = norm(self.embed(idx).to(self.config.dtype))
-        tapped = None
+        last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             x = block(x, x0, v_token, rope, mask, cache)
-            if layer == tap:
-                tapped = x
+            if layer == (last if tap == -1 else tap):
+                x_tap = x
         if cache is not None:
             cache.length += idx.size(1)
-        return x, x if tap == -1 else tapped
+        return x, x_tap
 
     def _rope(self, positions):
         """cos, sin (B or 1, T, 1, K/2) of positions (B or 1, T)."""
@@ -303,7 +303,7 @@ def sample(logits, temperature, top_k, generator):
 
 
 class LanguageModel(NamedTuple):
-    """What an objective may use of a GPT: the same three methods as of a Hugging Face model."""
+    """What an objective may use of a GPT. nanojepa/hf/model.py has the same of other models."""
 
     model: GPT
     tap: int

@@ -9,6 +9,7 @@ model.py.
 Shapes: B rows, T tokens, D width, V vocabulary.
 """
 
+import functools
 import math
 import os
 import re
@@ -28,6 +29,7 @@ from nanojepa.batches import PredTokens, divide_batch, draw_step, open_data
 from nanojepa.checkpoint import Checkpoints, find_run, restore, run_tensors
 from nanojepa.device import Clock, OnTheWay, all_ranks_max, choose_dtype, start_process
 from nanojepa.diagnostics import diagnose, diagnostic_warnings
+from nanojepa.files import one_line, one_line_errors
 from nanojepa.objectives import OBJECTIVES, Options
 from nanojepa.objectives.distance import DISTANCES
 from nanojepa.objectives.schedule import jepa_weight, keeps_term
@@ -47,7 +49,6 @@ from nanojepa.settings import (
 from nanojepa.weights import OBJECTIVE_FILE, load_weights
 
 ROOT = Path(__file__).resolve().parent
-SPIKE_STEPS = 128  # steps that SKIP_SIGMA compares with, as OLMo-core's SkipStepOptimizer
 
 # ----------------------------------------------------------------------------- settings
 # The comment of a setting is its documentation, in --help and docs/settings.md too. Its type holds
@@ -72,16 +73,16 @@ class Config:
     long_examples: Literal["stop", "skip", "truncate"] = "stop"
 
     # ---- length of the run
-    iterations: Positive = 10_000  # steps at most
-    # Training time at most, in s, without compilation and validation; 0: no cap.
+    iterations: Positive = 10_000  # maximum number of steps
+    # Maximum training time in s, without compilation and validation; 0: no cap.
     max_wallclock_seconds: NonNegative = 150.0
-    train_flops: NonNegative = 0.0  # stop when so many FLOPs are spent, padding counted; 0: no cap
+    train_flops: NonNegative = 0.0  # stop after so many FLOPs, padding counted; 0: no cap
     target_val_loss: NonNegative = 0.0  # stop at a validation at or below it, nats per token
-    # Tokens a step, over all ranks and micro-batches; of pairs, those of the trunks.
+    # Tokens a step, over all ranks and micro-batches. Of pairs, only trunk tokens count.
     train_batch_tokens: Positive = 4096
     train_seq_len: Positive = 256  # tokens a row; attention costs its square
-    # Micro-batches a step and rank: less memory, the same step; 0: as few as keep one at 65,536
-    # tokens. Of pairs: how many the trunks alone would fill; 0: at least 8.
+    # Micro-batches a step and rank: less memory, the same step; 0: the fewest that keep one within
+    # 65,536 tokens. Of pairs: counted without what the term encodes; 0: at least 8.
     grad_accum_steps: Natural = 0
 
     # ---- model
@@ -106,21 +107,15 @@ class Config:
     scalar_lr: NonNegative = 0.04  # Adam learning rate of gains and mixing weights
     muon_momentum: Fraction = 0.95  # momentum of Muon (Nesterov)
     warmdown_frac: Fraction = 0.5  # the last part of the run, over which learning rates fall to 0
-    # A non-finite loss or gradient never reaches the weights. It stops the run, or the step is
-    # left out and counted.
-    nan_policy: Literal["stop", "skip"] = "stop"
-    # Leave out a step whose loss or gradient norm is so many standard deviations above the mean of
-    # the last 128 steps; 0: never.
-    skip_sigma: NonNegative = 0.0
 
     # ---- JEPA
     jepa_lambda: NonNegative = 0.0  # weight of the term; 0: off, and the step is the baseline's
-    # What is compared. span: inside a row or document. pair: the two texts of a pair, or
+    # The term. span: a span of text with what surrounds it. pair: the two texts of a pair, or
     # neighbours in a group. step: the first two steps of a pair's second text.
     jepa_objective: OneOf(OBJECTIVES) = "span"
     jepa_gamma: NonNegative = 1.0  # weight of the cross entropy if JEPA_LAMBDA is above 0
-    # Chance that a step computes the term; without it, a step costs a plain one. Below 1 costs a
-    # second training graph.
+    # Chance that a step computes the term. A step without it costs as much as the baseline's.
+    # Below 1 costs a second training graph.
     jepa_ratio: PositiveFraction = 1.0
     jepa_start_frac: Fraction = 0.0  # the term starts there in the run; costs a second graph
     jepa_end_frac: Fraction = 1.0  # the term ends there in the run; costs a second graph
@@ -128,14 +123,15 @@ class Config:
     jepa_layer: int = -1  # states compared: -1 the stream into the final norm, k that after block k
     # Compare states after the final norm (1) or before it (0); -1: as the objective prefers.
     jepa_norm: Literal[-1, 0, 1] = -1
-    jepa_distance: OneOf(DISTANCES) = "cosine"  # the negatives of infonce are the micro-batch's
-    # linear: a trained model_dim x model_dim matrix on view A.
+    # How far two views are apart. cosine: 1 - cos. The negatives of infonce are the micro-batch's.
+    jepa_distance: OneOf(DISTANCES) = "cosine"
+    # What view A goes through. linear: a trained model_dim x model_dim matrix.
     jepa_predictor: Literal["identity", "linear"] = "identity"
     jepa_max_span_frac: PositiveFraction = 0.5  # longest span over its document fragment or row
     jepa_spans: Positive = 1  # spans a row of text, or a document of pairs data
     jepa_doc: bool = True  # a span of a row of text lies inside one document fragment
     jepa_pred_tokens: PredTokens = 1  # [PRED] tokens that continue view A; each costs a token
-    # Where in view A they stand; in front, view A is encoded once more.
+    # Put them after view A, or in front of it, which encodes view A once more.
     jepa_pred_position: Literal["end", "front"] = "end"
     jepa_reverse: bool = False  # the second text predicts the first
 
@@ -144,12 +140,12 @@ class Config:
     # the memory of two gradients.
     diag_every: Natural = 0
     val_loss_every: Natural = 0  # steps between validations, off the clock; 0: at the end
-    # Windows advance by so many tokens and cost train_seq_len / eval_stride times as much; 0: rows
-    # side by side.
+    # Evaluation windows advance by this many tokens; 0: rows side by side. It costs
+    # train_seq_len / eval_stride times as much.
     eval_stride: Natural = 0
     train_log_every: Positive = 20  # steps between train_loss lines
-    # Steps between checkpoints, which a thread writes, the last two are kept; 0: only if SIGTERM or
-    # SIGINT stops the run.
+    # Steps between checkpoints; 0: only if SIGTERM or SIGINT stops the run. A thread writes them,
+    # and the last two are kept.
     checkpoint_every: Natural = 0
     checkpoint_seconds: NonNegative = 0.0  # seconds between checkpoints; 0: none by time
     # Go on with logs/<run>, from its newest checkpoint and with its settings; auto: with the run
@@ -162,7 +158,7 @@ class Config:
     seed: Natural = 1337  # of weights, data order and draws
     init_from: str = ""  # start from the weights of logs/<run>
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 if the hardware has it
-    compile: bool = True  # torch.compile; without it a run is slower and starts at once
+    compile: bool = True  # torch.compile; a run without it is slower but needn't wait for it
 
     def __post_init__(self):
         """Raise ValueError naming the setting if a value makes no sense."""
@@ -183,8 +179,8 @@ class Config:
             raise ValueError("RESUME=auto: needs RUN_ID, the run to go on with or to begin")
         if not re.fullmatch(r"(\w[\w.-]*)?", self.run_id):
             raise ValueError(
-                f"RUN_ID={self.run_id}: may hold letters, digits, '_', '.' and '-', and begins "
-                "with none of the last two"
+                f"RUN_ID={self.run_id}: may hold letters, digits, '_', '.' and '-', and must not "
+                "begin with '.' or '-'"
             )
 
 
@@ -210,12 +206,9 @@ def orthogonalize(g, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, then the orthogonalised update, for matrices.
 
-    Those of one shape are stacked and treated as one batch, which the ranks share; every rank
-    keeps all momentum. found_inf: as in torch's fused Adam, a 0-dim tensor on the device; if it is
-    1, the step changes nothing.
+    Matrices of one shape are stacked. Each rank orthogonalises a part of the stack, and keeps all
+    of the momentum.
     """
-
-    found_inf = None
 
     def __init__(self, params, lr, momentum, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, initial_lr=lr))
@@ -230,31 +223,24 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for params in group["stacks"]:
-                # In a step without the term, the predictor has no gradient.
-                if any(p.grad is not None for p in params):
+                if params[0].grad is not None:  # a predictor has none in a step without the term
                     self.update(params, group)
 
     def update(self, params, group):
-        # A matrix after the tapped layer has no gradient of the term; with only that, none at all.
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        grad = torch.stack(grads)
+        grad = torch.stack([p.grad for p in params])
         state = self.state[params[0]]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(grad)
-        if self.found_inf is not None:  # the average of the momentum with itself is itself
-            grad = torch.where(self.found_inf > 0, state["momentum"], grad)
         momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
         update = grad.lerp_(momentum, group["momentum"]).to(self.dtype)  # Nesterov
         update = self.orthogonalize_shared(update)
-        if self.found_inf is not None:
-            update = update * (1 - self.found_inf)
         # An update's root mean square is 1 / sqrt(fan-in) at every shape.
         scale = max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
         updates = list(update[: len(params)].float().unbind())
         torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
 
     def orthogonalize_shared(self, update):
-        """orthogonalize, each rank a part of the stack; the last ranks may have only padding."""
+        """orthogonalize a part of the stack on each rank; the last ranks may get only padding."""
         if not dist.is_initialized():
             return orthogonalize(update)
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -262,7 +248,7 @@ class Muon(torch.optim.Optimizer):
         missing = count * world_size - len(update)
         update = torch.nn.functional.pad(update, (0, 0, 0, 0, 0, missing))
         mine = orthogonalize(update[rank * count : (rank + 1) * count])
-        # Its name from torch 2.13 on.
+        # torch 2.13 renamed it.
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
         gather(update, mine.contiguous())
         return update
@@ -282,9 +268,8 @@ def build_optimizers(model, objective, cfg):
     own = [] if objective is None else list(objective.parameters())
     predictor = [p for p in own if p.dim() == 2]
     scalars += [p for p in own if p.dim() != 2]
-    # Rare tokens have tiny gradients, hence an eps of 1e-10 (modded-nanogpt). If the gradient of a
-    # gain is zero but for rounding, which is so for a cosine and the length of the states, that
-    # eps would turn the noise into full steps.
+    # Rare tokens have tiny gradients, so their eps is 1e-10 (modded-nanogpt). A gain whose length
+    # a cosine ignores has only rounding noise as gradient. 1e-10 would turn that into full steps.
     rates = (
         (embeds, cfg.embed_lr if heads else cfg.tied_embed_lr, 1e-10),
         (values, cfg.embed_lr, 1e-10),
@@ -305,7 +290,7 @@ def build_optimizers(model, objective, cfg):
 
 
 def lr_scale(cfg, progress):
-    """What all learning rates are multiplied with at this fraction of the run: the warmdown."""
+    """The factor of all learning rates at this fraction of the run: a linear warmdown to 0."""
     if cfg.warmdown_frac == 0:
         return 1.0
     return min(1.0, (1 - progress) / cfg.warmdown_frac)
@@ -314,9 +299,19 @@ def lr_scale(cfg, progress):
 # ----------------------------------------------------------------------------- training step
 
 
+def eager(function):
+    return function
+
+
+@functools.cache
+def compiled(function):
+    """The function compiled; each input shape is compiled on its own."""
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
 @dataclass
 class Run:
-    """What a step works with. The functions are those below, compiled or not."""
+    """Everything that a step needs."""
 
     cfg: Config
     data: Any  # TokenData or PairData
@@ -324,12 +319,12 @@ class Run:
     model: GPT
     objective: Any  # an Objective, None without a term
     optimizers: list
-    history: torch.Tensor  # loss and gradient norm of the last SPIKE_STEPS steps
-    loss_fn: Any = None
-    eval_fn: Any = None
-    term_fn: Any = None
-    states_fn: Any = None
+    compile: Any = eager  # or compiled: what it makes of a function, it calls
     began: float = 0.0  # time.perf_counter() of its start
+
+    @property
+    def lm(self):
+        return LanguageModel(self.model, self.cfg.jepa_layer)
 
     def modules(self):
         modules = {"model": self.model}
@@ -341,17 +336,16 @@ class Run:
 
 class Losses(NamedTuple):
     loss: torch.Tensor  # what is differentiated
-    ce: torch.Tensor | None = None  # detached; None if the loss is the cross entropy itself
+    ce: torch.Tensor | None = None  # detached; None if the loss is the cross entropy
     term: torch.Tensor | None = None  # detached; None without a term
 
 
-def training_loss(model, objective, cfg, batch, jepa_lambda=None):
-    """gamma * cross entropy + lambda * term of one micro-batch, as Losses.
+def training_loss(model, objective, cfg, batch, weight=None):
+    """gamma * cross entropy + weight * term of one micro-batch, as Losses.
 
-    This is what is compiled: one graph without the term and one with it. The batch's num_targets
-    and the weights it has drawn are of the whole step, so that micro-batches and ranks add up to
-    its means. jepa_lambda: a 0-dim tensor. Without batch.drawn there is no term, and not a trace
-    of it in the graph.
+    This is what is compiled. Both parts are divided by counts of the whole step, so they add up
+    over micro-batches and ranks to the step's means. If batch.drawn is None, the graph has no
+    trace of a term. weight: lambda in this step, a 0-dim tensor.
     """
     mask = None if batch.ends is None else tree_mask(batch.ends)
     x, h = model._run_blocks(batch.idx, cfg.jepa_layer, batch.positions, mask)
@@ -362,19 +356,7 @@ def training_loss(model, objective, cfg, batch, jepa_lambda=None):
         return Losses(loss, None if gamma == 1 else ce.detach())
     lm = LanguageModel(model, cfg.jepa_layer)
     term = objective.loss(lm, batch, h, batch.drawn)
-    return Losses(loss + jepa_lambda * term, ce.detach(), term.detach())
-
-
-def term_loss(model, objective, cfg, batch):
-    """The term alone of one micro-batch, for the diagnostics."""
-    h = tapped_states(model, cfg, batch)
-    return objective.loss(LanguageModel(model, cfg.jepa_layer), batch, h, batch.drawn)
-
-
-def tapped_states(model, cfg, batch):
-    """The states (B, T, D) that the term compares."""
-    lm = LanguageModel(model, cfg.jepa_layer)
-    return lm.states(batch.idx, batch.positions, batch.ends)
+    return Losses(loss + weight * term, ce.detach(), term.detach())
 
 
 class StepResult(NamedTuple):
@@ -383,7 +365,6 @@ class StepResult(NamedTuple):
     ce: torch.Tensor
     term: torch.Tensor | None
     grad_norm: torch.Tensor
-    bad: torch.Tensor  # 1 if the step was left out, else 0
     flops: float
 
 
@@ -394,23 +375,27 @@ def training_step(run, step, progress, jepa_lambda):
     weight = None
     if objective is not None:
         draw_step(objective, batches, run.cfg.seed, step)
-        # A fill; a copy from the host would wait for the GPU.
+        # torch.full avoids a copy from the host, which would wait for the GPU.
         weight = torch.full((), jepa_lambda, device=run.share.device)
-    losses = 0
+    loss_of = run.compile(training_loss)
+    means = 0  # of the step: the cross entropy, and the term if there is one
     for batch in batches:
         batch = batch.to(run.share.device)
-        loss, ce, term = run.loss_fn(run.model, run.objective, run.cfg, batch, weight)
+        loss, ce, term = loss_of(run.model, run.objective, run.cfg, batch, weight)
         loss.backward()
         ce = loss.detach() if ce is None else ce
-        losses += torch.stack([ce] if term is None else [ce, term])
+        means += torch.stack([ce] if term is None else [ce, term])
     if run.share.world_size > 1:
-        dist.all_reduce(losses)
+        dist.all_reduce(means)
     grad_norm = sum_gradients(run)
-    bad = unsound(losses, grad_norm, run.cfg, step, run.history)
-    apply_gradients(run.optimizers, lr_scale(run.cfg, progress), bad)
-    term = None if objective is None else losses[1]
-    flops = run.model.flops(tokens, visible_pairs)
-    return StepResult(losses[0], term, grad_norm, bad, flops)
+    scale = lr_scale(run.cfg, progress)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        optimizer.step()
+        optimizer.zero_grad()
+    term = None if objective is None else means[1]
+    return StepResult(means[0], term, grad_norm, run.model.flops(tokens, visible_pairs))
 
 
 def sum_gradients(run):
@@ -422,42 +407,6 @@ def sum_gradients(run):
         for p, own in zip(params, flat.split([p.numel() for p in params]), strict=True):
             p.grad = own.view_as(p)
     return torch.stack(torch._foreach_norm([p.grad for p in params])).norm()
-
-
-def unsound(losses, grad_norm, cfg, step, history):
-    """1 if a step must not reach the weights, else 0: a 0-dim tensor, the same on all ranks.
-
-    It is a tensor so that the GPU is not waited for. A step is unsound if a loss or the gradient
-    norm isn't finite, or with SKIP_SIGMA, if the first loss or the norm is a spike compared with
-    the history (SPIKE_STEPS, 2), which this step is then added to.
-    """
-    finite = torch.isfinite(losses).all() & torch.isfinite(grad_norm)
-    if not cfg.skip_sigma:
-        return (~finite).float()
-    now, place = torch.stack((losses[0], grad_norm)), step % len(history)
-    std, mean = torch.std_mean(history, dim=0)
-    spike = ~finite
-    if step >= len(history):
-        spike = (now > mean + cfg.skip_sigma * std).any()
-    history[place] = torch.where(finite, now, history[place])
-    return (~finite | spike).float()
-
-
-def apply_gradients(optimizers, scale, bad):
-    """One step of the optimizers with `scale` times their learning rates; clears the gradients.
-
-    bad: 0-dim tensor; if it is 1, weights and optimizers stay as they are.
-    """
-    # On a CPU the number is known already; a GPU would have to be waited for.
-    leave_out = bool(bad) if not bad.is_cuda else False
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-        # The GradScaler's way in; torch's fused Adam and Muon read it.
-        optimizer.found_inf = bad if bad.is_cuda else None
-        if not leave_out:
-            optimizer.step()
-        optimizer.zero_grad()
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -483,12 +432,12 @@ def evaluate(run, log, checkpoints=None):
     """
     total = torch.zeros(4, dtype=torch.float64)  # nats, targets, bytes of text, signals
     sizes = run.data.bytes_per_token
-    timer = log.timer("evaluating")
+    timer, nats_of = log.timer("evaluating"), run.compile(row_losses)
     for done, batch in run.data.val_batches(run.share):
         if checkpoints and checkpoints.signal:
             total[3] = 1
             break
-        nats = run.eval_fn(run.model, batch.to(run.share.device)).double().sum().item()
+        nats = nats_of(run.model, batch.to(run.share.device)).double().sum().item()
         scored = batch.targets[batch.targets >= 0].numpy()
         text_bytes = 0 if sizes is None else int(sizes[scored].sum())
         total += torch.tensor([nats, len(scored), text_bytes, 0], dtype=torch.float64)
@@ -508,9 +457,9 @@ class Pending(NamedTuple):
     """A step whose numbers aren't read yet: reading them one step late keeps the device busy."""
 
     step: int
-    numbers: OnTheWay  # of ce, term, grad_norm, bad
+    numbers: OnTheWay  # ce, term, grad_norm
     train_time: float
-    costs: dict
+    more: dict  # for metrics.jsonl
 
 
 class Trainer:
@@ -519,15 +468,20 @@ class Trainer:
     def __init__(self, run, log, checkpoints, resumed=None):
         """resumed: (manifest, tensors) of the checkpoint to go on from, or None."""
         self.run, self.log, self.checkpoints = run, log, checkpoints
-        self.step, self.flops, self.skipped, seconds = 0, 0.0, 0, 0.0
-        self.result, self.pending, self.reported = {"time_to_target": None}, None, 0
+        self.step = 0
+        self.flops = seconds = 0.0
+        self.result = {"time_to_target": None}
+        self.pending = None
+        self.reported = 0  # tenths of the run that were said to be done
         if resumed is not None:
             manifest, tensors = resumed
-            restore(run.modules(), run.optimizers, tensors, history=run.history)
-            self.step, self.flops = manifest["step"], manifest["train_flops"]
-            self.skipped, seconds = manifest["skipped_steps"], manifest["train_seconds"]
-            self.result, checkpoints.saved = manifest["result"], self.step
-        self.begun, self.clock = self.step, Clock(run.share.device, seconds)
+            restore(run.modules(), run.optimizers, tensors)
+            self.step = checkpoints.saved = manifest["step"]
+            self.flops = manifest["train_flops"]
+            self.result = manifest["result"]
+            seconds = manifest["train_seconds"]
+        self.first_step = self.step
+        self.clock = Clock(run.share.device, seconds)
 
     def train(self):
         """Train to the end; returns the results, a dict for result.json.
@@ -538,18 +492,17 @@ class Trainer:
         self.clock.start()
         while True:
             progress, signal, due = self.look_around()
-            done = progress >= 1
-            if (signal or due) and self.step > self.begun:
+            if (signal or due) and self.step > self.first_step:
                 self.save()
             if signal:
                 self.stop(signal)
-            diagnosed = cfg.diag_every and (done or self.step % cfg.diag_every == 0)
-            if done or (cfg.val_loss_every and self.step and self.step % cfg.val_loss_every == 0):
+            done = progress >= 1
+            if done or (self.step and is_multiple(self.step, cfg.val_loss_every)):
                 scores = self.validate()
                 if scores is None:
-                    continue  # to save and stop; the run that goes on evaluates again
+                    continue  # a signal came: look around again, save and stop
                 done = done or scores.val_loss <= cfg.target_val_loss
-            if diagnosed:
+            if is_multiple(self.step, cfg.diag_every) or (cfg.diag_every and done):
                 self.diagnose()
             if done:
                 return self.results(scores)
@@ -557,7 +510,7 @@ class Trainer:
             self.take_step(progress)
 
     def look_around(self):
-        """(progress, signal, whether rank 0 has a checkpoint to write), the same on all ranks.
+        """(progress, signal, whether a checkpoint is due), the same on all ranks.
 
         progress is the fraction of the run that is done, by steps, FLOPs or seconds; 1 ends it.
         """
@@ -567,20 +520,23 @@ class Trainer:
             progress = max(progress, self.flops / cfg.train_flops)
         if cfg.max_wallclock_seconds:
             progress = max(progress, self.clock.now() / cfg.max_wallclock_seconds)
-        signal, due = self.checkpoints.signal, self.checkpoints.due(self.step, progress >= 1)
+        due = self.checkpoints.due(self.step, progress >= 1)
         if self.run.share.rank:
-            progress = 0.0  # rank 0 says it
-        progress, signal, due = all_ranks_max(progress, signal, due)
+            progress = 0.0  # rank 0's counts: it is the largest
+        progress, signal, due = all_ranks_max(progress, self.checkpoints.signal, due)
         return progress, int(signal), bool(due)
 
     def take_step(self, progress):
-        jepa_lambda = jepa_schedule(self.run.cfg, progress, self.step)
-        result = training_step(self.run, self.step, progress, jepa_lambda)
-        numbers = OnTheWay(result.ce, result.term, result.grad_norm, result.bad)
-        self.step, self.flops = self.step + 1, self.flops + result.flops
+        run = self.run
+        jepa_lambda = jepa_schedule(run.cfg, progress, self.step)
+        result = training_step(run, self.step, progress, jepa_lambda)
+        numbers = OnTheWay(result.ce, result.term, result.grad_norm)
+        self.step += 1
+        self.flops += result.flops
         self.settle()
-        costs = {"step_flops": result.flops, "train_flops": self.flops}
-        self.pending = Pending(self.step, numbers, self.clock.now(), costs)
+        more = {"step_flops": result.flops, "train_flops": self.flops}
+        more |= {"lr_scale": lr_scale(run.cfg, progress), "jepa_lambda": jepa_lambda or 0.0}
+        self.pending = Pending(self.step, numbers, self.clock.now(), more)
         if int(10 * progress) > self.reported:
             self.reported = int(10 * progress)
             left = self.clock.now() / progress * (1 - progress)
@@ -590,24 +546,18 @@ class Trainer:
         """Log the pending step; ValueError if its numbers end the run."""
         if self.pending is None:
             return
-        step, numbers, train_time, costs = self.pending
+        step, numbers, train_time, more = self.pending
         self.pending = None
-        ce, term, grad_norm, bad = numbers.read()
+        ce, term, grad_norm = numbers.read()
         values = {"train_loss": ce} if term is None else {"train_loss": ce, "jepa_loss": term}
-        if not bad:
-            if step <= 5 or step % self.run.cfg.train_log_every == 0:
-                self.log.metrics(step, train_time, values, costs | {"grad_norm": grad_norm})
-            return
-        self.skipped += 1
-        finite = all(map(math.isfinite, (*values.values(), grad_norm)))
-        what = "a spike" if finite else "non-finite loss or gradient"
-        what += f" at step {step} (losses {[*values.values()]}, gradient norm {grad_norm})"
-        if not finite and self.run.cfg.nan_policy == "stop":
+        if not all(map(math.isfinite, (*values.values(), grad_norm))):
             raise ValueError(
-                f"{what}: lower the learning rates or JEPA_LAMBDA, or NAN_POLICY=skip; the log is "
+                f"non-finite loss or gradient at step {step} (losses {[*values.values()]}, "
+                f"gradient norm {grad_norm}): lower the learning rates or JEPA_LAMBDA; the log is "
                 f"in {self.log.folder}"
             )
-        self.log.line(f"skipped: {what}; {self.skipped} so far")
+        if step <= 5 or step % self.run.cfg.train_log_every == 0:
+            self.log.metrics(step, train_time, values, more | {"grad_norm": grad_norm})
 
     def validate(self):
         """The Scores; None if a signal ended the evaluation."""
@@ -632,7 +582,7 @@ class Trainer:
         """Log the diagnostics; those of the end stay in the result."""
         self.settle()
         self.clock.stop()
-        cfg, numbers = self.run.cfg, diagnose(self.run, self.step)
+        cfg, numbers = self.run.cfg, diagnose(self.run, self.step, training_loss)
         self.log.metrics(self.step, self.clock.passed, numbers)
         self.result |= numbers
         for warning in diagnostic_warnings(numbers, cfg.model_dim, cfg.jepa_lambda > 0):
@@ -641,14 +591,13 @@ class Trainer:
     def results(self, scores):
         return self.result | {
             "steps": self.step,
-            "skipped_steps": self.skipped,
             "train_seconds": self.clock.passed,
             "train_flops": self.flops,
             **scores._asdict(),
         }
 
     def save(self):
-        """Copy a checkpoint off the clock; a thread of rank 0 writes it while the run goes on."""
+        """Save a checkpoint. The clock stands while tensors are copied; a thread writes them."""
         run = self.run
         self.settle()
         if run.share.rank:
@@ -658,7 +607,6 @@ class Trainer:
         manifest = {
             "train_flops": self.flops,
             "train_seconds": self.clock.passed,
-            "skipped_steps": self.skipped,
             "result": dict(self.result),
             "metrics_bytes": self.log.size("metrics.jsonl"),
             "config": asdict(run.cfg),
@@ -667,7 +615,7 @@ class Trainer:
             "torch": torch.__version__,
             "wandb": self.log.wandb and self.log.wandb.id,
         }
-        tensors = run_tensors(run.modules(), run.optimizers, history=run.history)
+        tensors = run_tensors(run.modules(), run.optimizers)
         self.checkpoints.save(self.step, tensors, manifest)
         if running:
             self.clock.resume()
@@ -683,8 +631,13 @@ class Trainer:
         raise SystemExit(128 + signal)
 
 
+def is_multiple(step, every):
+    """Whether something is due that happens every so many steps; every 0: never."""
+    return every > 0 and step % every == 0
+
+
 def jepa_schedule(cfg, progress, step):
-    """Lambda in this step, or None if it has no term."""
+    """Lambda in this step, or None if it runs the plain graph, without the term."""
     if not keeps_term(cfg.seed, step, cfg.jepa_ratio):
         return None
     return jepa_weight(
@@ -705,7 +658,7 @@ def build_model(cfg, vocab_size, device):
     if cfg.init_from:
         load_weights(model, cfg.init_from)
     if dist.is_initialized():
-        for p in model.parameters():  # the same everywhere, whatever files the nodes have
+        for p in model.parameters():  # those of rank 0, whatever files the nodes have
             dist.broadcast(p.data, 0)
     return model
 
@@ -722,7 +675,7 @@ def build_objective(cfg, data, device):
         reverse=cfg.jepa_reverse,
         spans=cfg.jepa_spans,
         max_span_frac=cfg.jepa_max_span_frac,
-        doc_token=data.doc_token if cfg.jepa_doc else None,
+        in_documents=cfg.jepa_doc,
     )
     objective = OBJECTIVES[cfg.jepa_objective](options).to(device)
     has_weights = bool(objective.state_dict())
@@ -737,30 +690,15 @@ def build_run(cfg, data, share, began=0.0):
     if cfg.jepa_lambda or cfg.diag_every:
         objective = build_objective(cfg, data, share.device)
     optimizers = build_optimizers(model, objective, cfg)
-    history = torch.zeros(SPIKE_STEPS, 2, device=share.device)
-    run = Run(cfg, data, share, model, objective, optimizers, history, began=began)
-    run.loss_fn, run.eval_fn = training_loss, row_losses
-    run.term_fn, run.states_fn = term_loss, tapped_states
-    return run
-
-
-def compiled(run):
-    """The Run with its functions compiled; each shape is a graph of its own."""
-    names = ("loss_fn", "eval_fn", "term_fn", "states_fn")
-    functions = {
-        name: torch.compile(getattr(run, name), fullgraph=True, dynamic=False) for name in names
-    }
-    return replace(run, **functions)
+    return Run(cfg, data, share, model, objective, optimizers, began=began)
 
 
 def needed_graphs(cfg):
-    """The training graphs a run needs, as values of jepa_lambda: None for the plain one."""
-    ends = [f for f in (0.0, cfg.jepa_start_frac, cfg.jepa_end_frac) if f < 1]
-    weights = [
-        jepa_weight(f, cfg.jepa_lambda, cfg.jepa_start_frac, cfg.jepa_end_frac) for f in ends
-    ]
-    graphs = [None] if None in weights or cfg.jepa_ratio < 1 else []
-    return graphs + [cfg.jepa_lambda] * any(weight is not None for weight in weights)
+    """A JEPA_LAMBDA for each training graph that the run needs; None stands for the plain one."""
+    if not cfg.jepa_lambda:
+        return [None]
+    always = (cfg.jepa_start_frac, cfg.jepa_end_frac, cfg.jepa_ratio) == (0, 1, 1)
+    return [cfg.jepa_lambda] if always else [None, cfg.jepa_lambda]
 
 
 def warm_up(run):
@@ -768,32 +706,34 @@ def warm_up(run):
 
     The optimizers that are used here are thrown away.
     """
-    before = run_tensors(run.modules(), [], history=run.history)
+    before = run_tensors(run.modules(), [])
     before = {name: tensor.clone() for name, tensor in before.items()}
     trial = replace(run, optimizers=build_optimizers(run.model, run.objective, run.cfg))
     try:
         for weight in needed_graphs(run.cfg):
             training_step(trial, 0, 0.0, weight)
         if run.cfg.diag_every:
-            diagnose(trial, 0)
+            diagnose(trial, 0, training_loss)
     finally:
-        restore(run.modules(), [], before, history=run.history)
+        restore(run.modules(), [], before)
         run.model.zero_grad()
 
 
 def prepare_graphs(run, log):
-    """The warmed up Run, compiled if COMPILE asks for it and there is a compiler."""
-    began, ready = time.perf_counter(), compiled(run) if run.cfg.compile else run
+    """Warm the run up, compiled if COMPILE asks for it and there is a compiler."""
+    began = time.perf_counter()
+    if run.cfg.compile:
+        run.compile = compiled
     try:
-        warm_up(ready)
+        warm_up(run)
     except torch._dynamo.exc.BackendCompilerFailed as e:  # a CPU without a C++ compiler
-        reason = " ".join(str(e).split())[:200]
-        log.line(f"torch.compile does not work here, going on without, slower: {reason}")
-        ready = run
-        warm_up(ready)
+        log.line(f"torch.compile does not work here, going on without, slower: {one_line(e)}")
+        run.compile = eager
+        warm_up(run)
     seconds = time.perf_counter() - began
-    log.line(f"{len(needed_graphs(run.cfg))} training graph(s) warmed up in {seconds:.0f} s")
-    return ready
+    if run.compile is compiled:
+        graphs = len(needed_graphs(run.cfg))
+        log.line(f"{graphs} training graph(s) compiled and warmed up in {seconds:.0f} s")
 
 
 def train_gpt(cfg, origin, warnings):
@@ -809,13 +749,16 @@ def train_gpt(cfg, origin, warnings):
             "that data is now"
         )
     share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
-    run = build_run(replace(cfg, init_from="") if tensors else cfg, data, share, began)
-    run.cfg = cfg
-    data.check_micro_batch(share, run.objective)
+    if tensors:  # what was loaded from INIT_FROM is in the checkpoint
+        run = build_run(replace(cfg, init_from=""), data, share, began)
+        run.cfg = cfg
+    else:
+        run = build_run(cfg, data, share, began)
+    lines = [*warnings, *describe(run)]  # first: it refuses data that fits no micro-batch
     log = RunLog(ROOT / "logs" / cfg.run_id, cfg, origin, rank, project_sources(ROOT), manifest)
-    for line in [*warnings, *data.warnings, *describe(run)]:
+    for line in lines:
         log.line(line)
-    run = prepare_graphs(run, log)
+    prepare_graphs(run, log)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     folder, every, seconds = log.folder, cfg.checkpoint_every, cfg.checkpoint_seconds
@@ -829,7 +772,7 @@ def train_gpt(cfg, origin, warnings):
         result |= {
             "data_sha256": data.sha256,
             "parameters": sum(p.numel() for p in run.model.parameters()),
-            "compiled": run.loss_fn is not training_loss,
+            "compiled": run.compile is compiled,
             "run_id": cfg.run_id,
             "seed": cfg.seed,
             "config": asdict(cfg),
@@ -841,38 +784,30 @@ def train_gpt(cfg, origin, warnings):
 
 
 def describe(run):
-    """Yield what a reader of the log wants to know of a run before it begins."""
-    cfg, data, share = run.cfg, run.data, run.share
-    if data.no_bpb:
-        yield f"no val_bpb: {data.no_bpb}"
-    if data.meta and cfg.tokenizer:
-        yield f"TOKENIZER={cfg.tokenizer} is not used: {data.folder} has a meta.json"
+    """Lines for the log: what a reader wants to know of a run before it begins."""
+    cfg, share = run.cfg, run.share
     parameters = sum(p.numel() for p in run.model.parameters())
-    yield (
+    size = (
         f"{parameters:,} parameters, {run.model.config.dtype} on {share.world_size} x "
         f"{share.device.type}, {cfg.train_batch_tokens} tokens a step, micro-batches of "
-        f"{share.micro_rows} rows of {cfg.train_seq_len}, {data.about}"
+        f"{share.micro_rows} rows of {cfg.train_seq_len}"
     )
-    extra = data.extra_tokens(run.objective) if cfg.jepa_lambda else 0
-    if extra:
-        yield f"the term encodes {extra:.0%} more tokens"
-    missing = data.missing_terms(run.objective) if cfg.jepa_lambda else {}
-    for reason, count in missing.items():
-        yield f"warning: {count} examples of the first step have no term: {reason}"
+    lines = [size, *run.data.report(share, run.objective)]
+    if cfg.jepa_lambda:
+        term = f"{cfg.jepa_objective}, {cfg.jepa_distance}, weight {cfg.jepa_lambda:g}"
+        lines.append(f"the term (docs/objectives.md): {term}")
+    return lines
 
 
+@one_line_errors()
 @record
 def main():
     try:
         train_gpt(*load_settings(Config, sys.argv[1:], os.environ, description=__doc__))
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (ValueError, OSError, dist.DistError) as e:
-        if isinstance(e, dist.DistError):
-            e = f"lost contact with another rank, whose own message says why ({e})"
+    except (ValueError, OSError):
         if int(os.environ.get("RANK", 0)):
-            time.sleep(5)  # what all ranks find wrong, the first one says; its exit ends the others
-        raise SystemExit(f"error: {' '.join(str(e).split())}") from None
+            time.sleep(5)  # all ranks fail here: let rank 0 say it, whose exit ends the others
+        raise
 
 
 if __name__ == "__main__":

@@ -7,30 +7,15 @@ This fetches the val shard and the first N train shards of kjj0/fineweb10B-gpt2.
 are there are kept, so a later call with more shards adds them.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanojepa.files import one_line_errors, progress, sha256_file
-from nanojepa.shards import read_meta, read_shard, write_meta
-from nanojepa.tokenizer import load_tokenizer, one_line
+from nanojepa.files import one_line, one_line_errors, progress, script_parser, sha256_file
+from nanojepa.shards import read_shard, write_meta
+from nanojepa.tokenizer import load_tokenizer
 
 REPOSITORY, LAST_SHARD = "kjj0/fineweb10B-gpt2", 103
-
-
-def known_shards(out):
-    """What the meta.json of an earlier call says of its shards."""
-    file = out / "meta.json"
-    if not file.exists():
-        return {}
-    try:
-        return read_meta(out)["shards"]
-    except ValueError:
-        raise ValueError(
-            f"{file}: damaged, or written by something else; remove it and run this again, "
-            "which keeps the shards"
-        ) from None
 
 
 def fetch(name, out):
@@ -47,36 +32,22 @@ def fetch(name, out):
         ) from None
 
 
-def describe(path):
-    """What meta.json says of a shard."""
-    return {"sha256": sha256_file(path), "tokens": len(read_shard(path))}
-
-
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+@one_line_errors()
+def main(argv=None):
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--shards", type=int, default=9, help="train shards to have (default: 9)")
     add("--out", type=Path, default="data/fineweb10B", help="folder to make or to add to")
-    return parser.parse_args(argv)
-
-
-@one_line_errors()
-def main(argv=None):
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     if not 1 <= args.shards <= LAST_SHARD:
         raise ValueError(f"--shards {args.shards}: choose 1 to {LAST_SHARD}")
-    known = known_shards(args.out)
     names = ["fineweb_val_000000.bin"]
     names += [f"fineweb_train_{n:06d}.bin" for n in range(1, args.shards + 1)]
     for name in progress(names, "fetching"):
         fetch(name, args.out)
     shards = {}
     for path in progress(sorted(args.out.glob("fineweb_*.bin")), "sha256"):
-        shards[path.name] = known.get(path.name) or describe(path)
+        shards[path.name] = {"sha256": sha256_file(path), "tokens": len(read_shard(path))}
     write_meta(
         args.out,
         load_tokenizer("gpt2"),

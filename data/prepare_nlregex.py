@@ -8,23 +8,19 @@ data/nlregex (pairs) or data/nlregex_groups and missing. No regular expression a
 the test split stands in train. Beside the shards lie train.jsonl and test.jsonl, for evaluate.py.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanojepa.corpora import prepare_nlregex
-from nanojepa.files import one_line_errors
+from nanojepa.files import one_line_errors, script_parser
 
 FOLDERS = {"pairs": "data/nlregex", "groups": "data/nlregex_groups"}
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+@one_line_errors()
+def main(argv=None):
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add(
         "--kind",
@@ -36,12 +32,7 @@ def parse_args(argv):
     add("--train", type=int, default=8000, help="training examples (default: 8000)")
     add("--test", type=int, default=1000, help="test examples (default: 1000)")
     add("--seed", type=int, default=1, help="of the grammar's random numbers (default: 1)")
-    return parser.parse_args(argv)
-
-
-@one_line_errors()
-def main(argv=None):
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     if min(args.train, args.test) < 1:
         raise ValueError("--train and --test must be at least 1")
     out = args.out or FOLDERS[args.kind]

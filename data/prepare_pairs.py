@@ -12,22 +12,19 @@ text each. A system message stands before Text if it differs between lines; one 
 says nothing and is left out (--system).
 
 Without --test, the test examples are chosen by the hash of their first view, and written to
-test.jsonl in --out. meta.json says how many test texts and codes stand in train too; evaluate.py
-reports its accuracy on the others as well.
+test.jsonl in --out. A test example is clean if none of its texts stands in train; evaluate.py
+reports its accuracy on those as well, and meta.json counts them.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanojepa.files import one_line_errors
+from nanojepa.files import one_line_errors, script_parser
 from nanojepa.records import (
     Record,
-    check_group,
-    check_text,
     open_dataset,
+    parse,
     prepare_pairs,
     read_jsonl,
     read_records,
@@ -49,33 +46,16 @@ def read_columns(args):
 
     def make(number, row):
         texts = [row[column] for column in wanted]
-        if args.columns:
-            names = [f"column {column}" for column in wanted]
-            return Record(number, "pairs", None, list(map(check_text, texts, names)))
         if len(texts) == 1:  # a column of lists
             texts = texts[0]
-        return Record(number, "groups", None, check_group(texts, f"column {' '.join(wanted)}"))
+        kind = "pairs" if args.columns else "groups"
+        return parse(number, Record(number, kind, None, texts).to_json())
 
     return read_records(enumerate(dataset, 1), make, args.dataset, args.bad)
 
 
-def describe(overlap, kind):
-    """One line on the test examples that stand in train."""
-    examples, clean = overlap["examples"], overlap["clean"]
-    if kind == "pairs":
-        texts, codes = overlap["texts"], overlap["codes"]
-        shared = f"{texts} of {examples} test texts and {codes} codes stand in train"
-    else:
-        shared = f"{examples - clean} of {examples} test groups share a text with train"
-    return f"{shared}; {clean} test examples are clean"
-
-
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add_source = parser.add_mutually_exclusive_group(required=True).add_argument
     add_source("--train", help="JSON-lines file")
@@ -99,12 +79,6 @@ def parse_args(argv):
         help="share of the examples that are test, without --test (default: 0.05)",
     )
     add(
-        "--train-fraction",
-        type=float,
-        default=1.0,
-        help="use only this share of the training examples, the first ones (default: 1)",
-    )
-    add(
         "--bad",
         choices=("stop", "skip"),
         default="stop",
@@ -126,21 +100,15 @@ def parse_args(argv):
 @one_line_errors()
 def main(argv=None):
     args = parse_args(argv)
-    for flag, share in (
-        ("--test-fraction", args.test_fraction),
-        ("--train-fraction", args.train_fraction),
-    ):
-        if not 0 < share <= 1:
-            raise ValueError(f"{flag} {share}: must lie above 0 and at most at 1")
+    if not 0 < args.test_fraction < 1:
+        raise ValueError(f"--test-fraction {args.test_fraction}: must lie between 0 and 1")
     train = read_jsonl(args.train, args.bad) if args.train else read_columns(args)
     files = {}
     if args.test:
         test = read_jsonl(args.test, args.bad)
     else:
         train, test = split_examples(train, args.test_fraction)
-        lines = [json.dumps(record.to_json()) + "\n" for record in test]
-        files["test.jsonl"] = "".join(lines)  # for evaluate.py
-    train = train[: max(1, round(args.train_fraction * len(train)))]
+        files["test.jsonl"] = test  # for evaluate.py
     meta = prepare_pairs(
         args.out,
         train,
@@ -152,10 +120,9 @@ def main(argv=None):
         tokenizer=args.tokenizer,
         files=files,
     )
-    kind = meta["kind"]
     print(
-        f"prepared {args.out}: {len(train)} {kind} to train on, "
-        f"{describe(meta['overlap'], kind)}. Train with DATA_PATH={args.out}"
+        f"prepared {args.out}: {len(train)} {meta['kind']} to train on, {len(test)} to test on, of "
+        f"which {meta['overlap']['clean']} are clean; train on it with DATA_PATH={args.out}"
     )
 
 

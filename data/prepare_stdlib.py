@@ -7,21 +7,17 @@ file is one document. Left out are tests, which many installations lack, encodin
 script generated, and what isn't UTF-8.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanojepa.corpora import prepare_stdlib
-from nanojepa.files import one_line_errors
+from nanojepa.files import one_line_errors, script_parser
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+@one_line_errors()
+def main(argv=None):
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--out", default="data/stdlib", help="folder to make (default: data/stdlib)")
     add(
@@ -41,14 +37,8 @@ def parse_args(argv):
         action="store_true",
         help="validate on training documents outside that share: for choosing settings",
     )
-    return parser.parse_args(argv)
-
-
-@one_line_errors()
-def main(argv=None):
-    args = parse_args(argv)
-    subset = {"train_fraction": args.train_fraction, "held_out": args.held_out}
-    prepare_stdlib(args.out, args.vocab_size, **subset)
+    args = parser.parse_args(argv)
+    prepare_stdlib(args.out, args.vocab_size, args.train_fraction, args.held_out)
     print(f"prepared {args.out}: train on it with DATA_PATH={args.out}")
 
 

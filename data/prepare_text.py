@@ -11,14 +11,13 @@ read with GPT-2's split pattern, or, with --vocab-size, BPE trained on the train
 val split is made of whole documents; of a single document it is the last tenth.
 """
 
-import argparse
 import functools
 import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanojepa.files import json_lines, one_line_errors
+from nanojepa.files import numbered_lines, one_line_errors, parse_line, script_parser
 from nanojepa.records import open_dataset
 from nanojepa.shards import prepare
 
@@ -38,9 +37,9 @@ def file_documents(path, separator):
 
 def line_documents(path, field):
     """Yield the text in a field of every line of a JSON-lines file."""
-    for number, load in json_lines(path):
+    for number, line in numbered_lines(path):
         try:
-            text = load()[field]
+            text = parse_line(line)[field]
             if not isinstance(text, str):
                 raise TypeError("it holds something else")
             text.encode()  # half a surrogate pair has no UTF-8 form
@@ -51,13 +50,6 @@ def line_documents(path, field):
             ) from None
         if text:
             yield text
-
-
-def dataset_documents(dataset, field):
-    """Yield the texts in a column of a Hugging Face dataset."""
-    for row in dataset:
-        if row[field]:
-            yield row[field]
 
 
 def find_documents(args):
@@ -71,15 +63,12 @@ def find_documents(args):
     if args.field not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"--field {args.field}: {args.source} has the columns {columns}")
-    return functools.partial(dataset_documents, dataset.select_columns([args.field]), args.field)
+    rows = dataset.select_columns([args.field])
+    return lambda: (row[args.field] for row in rows if row[args.field])
 
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add(
         "--source",

@@ -3,10 +3,11 @@
 A checkpoint is what the next steps depend on: weights and optimizer state in tensors.safetensors;
 the step, the training clock and the rest in manifest.json, a sealed file. Data order, draws and
 diagnostics are functions of SEED and step, so no generator is saved. It is written under another
-name, synced and renamed, so it is there whole or not at all. The one before it is kept, for the day
-the newest is damaged.
+name, synced and renamed, so it is there whole or not at all. The one before it is kept, in case the
+newest is damaged.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanojepa.device import all_ranks_max
-from nanojepa.files import read_sealed, sync_folder, write_sealed
+from nanojepa.files import one_line, read_sealed, sync_folder, write_sealed
+from nanojepa.results import result_line
 from nanojepa.runlog import say
 from nanojepa.settings import as_dict, load_settings
 from nanojepa.weights import load_tensors, save_weights
@@ -27,7 +29,6 @@ KEPT = 2  # the newest, and the one before it
 MAY_CHANGE = (
     "data_path",
     "grad_accum_steps",
-    "nan_policy",
     "wandb",
     "checkpoint_every",
     "checkpoint_seconds",
@@ -106,7 +107,7 @@ class Checkpoints:
             write_sealed(part / "manifest.json", {"step": step, **state})
             whole = part.with_suffix("")
             for other in checkpoints_in(self.folder):
-                # A damaged one: the run has come here again, from the one before it.
+                # This older copy was damaged. The run has repeated its steps; replace it.
                 if other.name >= whole.name:
                     discard(other)
             os.rename(part, whole)
@@ -155,12 +156,12 @@ def newest_checkpoint(run_folder, warnings):
 # ---- what is in them
 
 
-def run_tensors(modules, optimizers, **more):
+def run_tensors(modules, optimizers):
     """{name: tensor} of all that a step reads and writes; every rank has the same.
 
-    modules: {name: module}; more: other tensors.
+    modules: {name: module}.
     """
-    held = dict(more)
+    held = {}
     for prefix, module in modules.items():
         held |= {f"{prefix}.{name}": w for name, w in module.state_dict().items()}
     for o, optimizer in enumerate(optimizers):
@@ -170,23 +171,20 @@ def run_tensors(modules, optimizers, **more):
     return held
 
 
-def restore(modules, optimizers, tensors, **more):
+def restore(modules, optimizers, tensors):
     """Put tensors, as run_tensors names them, where they were; ValueError if they don't fit."""
     try:
         for prefix, module in modules.items():
             start = f"{prefix}."
             state = {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
             module.load_state_dict(state)
-        for name, tensor in more.items():
-            tensor.copy_(tensors[name])
         for name, value in tensors.items():
             if name.startswith("optimizer."):
                 _, o, i, key = name.split(".")
                 p = parameters_of(optimizers[int(o)])[int(i)]
                 optimizers[int(o)].state[p][key] = value.to(p.device, copy=True)
     except (RuntimeError, LookupError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"the checkpoint doesn't fit this code: {reason}") from None
+        raise ValueError(f"the checkpoint doesn't fit this code: {one_line(e)}") from None
 
 
 def parameters_of(optimizer):
@@ -211,7 +209,7 @@ class Resumed(NamedTuple):
 def find_run(cfg, origin, logs, warnings, rank):
     """What RESUME asks for, as Resumed; logs is the folder of all runs.
 
-    A finished run says its result again: SystemExit. ValueError: why a run can't go on.
+    Prints the result of a finished run again and exits. ValueError if a run can't go on.
     """
     folder = resumed_folder(cfg, logs)
     if folder is None:
@@ -227,7 +225,7 @@ def find_run(cfg, origin, logs, warnings, rank):
     cfg, origin = keep_settings(cfg, origin, folder, manifest)
     if finished:
         if rank == 0:
-            say((folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1])
+            say(result_line(json.loads((folder / "result.json").read_text())))
         raise SystemExit(0)
     return Resumed(cfg, origin, manifest, tensors)
 

@@ -6,14 +6,14 @@ in the manner of NL-RX (Locascio et al., arXiv 1608.03000), & and ~ being "and" 
 nlregex_groups: groups of wordings of one such sentence.
 """
 
-import json
 import platform
 import random
 import sysconfig
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from nanojepa.records import Record, parse, prepare_pairs
+from nanojepa.records import Record, prepare_pairs
 from nanojepa.shards import prepare
 
 # Tests, which many installations lack, and encodings/, whose tables a script generated.
@@ -26,17 +26,6 @@ SKIPPED = {
     "encodings",
     "__pycache__",
 }
-
-
-def prepare_default(name, folder):
-    """Prepare an embedded corpus, by its name, in a folder."""
-    match name:
-        case "stdlib":
-            prepare_stdlib(folder)
-        case "nlregex":
-            prepare_nlregex(folder, "pairs")
-        case "nlregex_groups":
-            prepare_nlregex(folder, "groups")
 
 
 # ---- the standard library
@@ -56,15 +45,16 @@ def stdlib_documents():
             yield text
 
 
-def prepare_stdlib(out, vocab_size=2048, **subset):
-    """Prepare the standard library in a folder. subset: as nanojepa.shards.prepare."""
+def prepare_stdlib(out, vocab_size=2048, train_fraction=1.0, held_out=False):
+    """Prepare the standard library in a folder; the arguments are those of shards.prepare."""
     return prepare(
         out,
         "stdlib",
         stdlib_documents,
         vocab_size=vocab_size,
         val_fraction=0.05,
-        **subset,
+        train_fraction=train_fraction,
+        held_out=held_out,
         source=f"the standard library of Python {platform.python_version()}",
         licence="PSF-2.0",
     )
@@ -162,12 +152,8 @@ def prepare_nlregex(out, kind="pairs", train=8000, test=1000, seed=1):
     wording of the test split stands in train.
     """
     examples = generate(train + test, 3 if kind == "groups" else 1, seed)
-    if kind == "groups":
-        objects = [{"paraphrases": texts, "code": regex} for texts, regex in examples]
-    else:
-        objects = [Record(0, kind, None, [texts[0], regex]).to_json() for texts, regex in examples]
-    lines = [json.dumps(obj) + "\n" for obj in objects]
-    records = [parse(n, obj) for n, obj in enumerate(objects, 1)]
+    views = [texts if kind == "groups" else [texts[0], regex] for texts, regex in examples]
+    records = [Record(n, kind, None, texts) for n, texts in enumerate(views, 1)]
     return prepare_pairs(
         out,
         records[:train],
@@ -175,5 +161,13 @@ def prepare_nlregex(out, kind="pairs", train=8000, test=1000, seed=1):
         source=f"data/prepare_nlregex.py --kind {kind} --train {train} --test {test} --seed {seed}",
         licence="MIT",
         vocab_size=512,
-        files={"train.jsonl": "".join(lines[:train]), "test.jsonl": "".join(lines[train:])},
+        files={"train.jsonl": records[:train], "test.jsonl": records[train:]},
     )
+
+
+# The data sets that a run makes if they are missing: DATA_PATH -> what prepares the folder.
+EMBEDDED = {
+    "data/stdlib": prepare_stdlib,
+    "data/nlregex": prepare_nlregex,
+    "data/nlregex_groups": partial(prepare_nlregex, kind="groups"),
+}

@@ -57,7 +57,7 @@ def all_ranks_max(*values):
 class Clock:
     """Training time in s: it runs between start and stop, which wait for the device.
 
-    All ranks start it together, so it counts nobody's waiting.
+    All ranks start it together, so waiting for other ranks isn't counted.
     """
 
     def __init__(self, device, passed=0.0):

@@ -9,25 +9,24 @@ import torch.nn.functional as F
 
 from nanojepa.batches import draw_step
 from nanojepa.objectives.distance import Views, distance
-from nanojepa.objectives.objective import Objective
 
 DIAG_STEPS = 8  # steps whose first micro-batches are looked at
 
 
-def diagnose(run, step):
-    """A dict of numbers about the term at these weights; the run goes on as if nobody had asked.
+def diagnose(run, step, training_loss):
+    """A dict of numbers about the term at these weights; the run isn't changed by it.
 
-    run: train_gpt.Run. grad_ratio, grad_cosine: the norm of JEPA_LAMBDA times the term's gradient
-    over that of the weighted cross entropy's, and their cosine, over a whole step; None if one of
-    them is zero. For the rest see compare_views and state_statistics. ValueError if states are
-    not finite.
+    run: train_gpt.Run; training_loss: its function. grad_ratio: the norm of JEPA_LAMBDA times the
+    term's gradient over that of the weighted cross entropy's. grad_cosine: the cosine of the two.
+    Both are over a whole step, and None if a gradient is zero. For the rest see compare_views and
+    state_statistics. ValueError if states are not finite.
     """
 
     def weighted_ce(batch):
-        return run.loss_fn(run.model, run.objective, run.cfg, batch).loss
+        return run.compile(training_loss)(run.model, run.objective, run.cfg, batch).loss
 
     def term(batch):
-        return run.term_fn(run.model, run.objective, run.cfg, batch)
+        return run.compile(term_loss)(run.objective, run.lm, batch)
 
     ce_gradient = step_gradient(run, step, None, weighted_ce)
     term_gradient = step_gradient(run, step, run.objective, term)
@@ -38,6 +37,14 @@ def diagnose(run, step):
     if a and b:
         numbers["grad_cosine"] = (ce_gradient @ term_gradient).item() / a / b
     return numbers | look_at_states(run, step)
+
+
+def term_loss(objective, lm, batch):
+    return objective.loss(lm, batch, tapped_states(lm, batch), batch.drawn)
+
+
+def tapped_states(lm, batch):
+    return lm.states(batch.idx, batch.positions, batch.ends)
 
 
 def step_gradient(run, step, objective, loss_of):
@@ -67,7 +74,7 @@ def look_at_states(run, step):
         batches = run.data.read(step + n, share, run.objective).batches
         draw_step(run.objective, batches, cfg.seed, step + n)
         batch = batches[0].to(share.device)
-        h = run.states_fn(run.model, cfg, batch)
+        h = run.compile(tapped_states)(run.lm, batch)
         if not h.isfinite().all():
             raise ValueError(
                 f"non-finite states at step {step}: lower the learning rates or JEPA_LAMBDA"
@@ -80,21 +87,17 @@ def look_at_states(run, step):
         noise = noise * h.float().square().mean().sqrt().to(h)
         own.append(counted_views(run, batch, h))
         independent.append(counted_views(run, batch, noise))
-    if has_views(run.objective):
+    if own[0] is not None:
         numbers |= compare_views(cfg.jepa_distance, join_views(own), join_views(independent))
     return numbers
 
 
-def has_views(objective):
-    """Whether an objective compares two vectors; one that doesn't overrides loss() instead."""
-    return type(objective).views is not Objective.views
-
-
 def counted_views(run, batch, states):
     """The Views of a micro-batch that count, (N, D), for these states; None if there are none."""
-    if not has_views(run.objective):
+    views = run.objective.predicted_views(run.lm, batch, states, batch.drawn)
+    if views is None:
         return None
-    u, v, floor, group = run.objective.views(None, batch, states, batch.drawn)
+    u, v, floor, group = views
     counted = batch.drawn["weight"].flatten() > 0
 
     def keep(x):

@@ -4,10 +4,10 @@ A sealed file is one JSON object whose last key, sha256, is the digest of the te
 are meta.json of a data folder, manifest.json of a checkpoint and sha256.json of a model's folder.
 """
 
+import argparse
 import contextlib
-import errno
-import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -29,6 +29,22 @@ def one_line_errors():
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         raise SystemExit(f"error: {place}{error.strerror or error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def one_line(error):
+    """The message of an exception as one line, not too long."""
+    return " ".join(str(error).split())[:300]
+
+
+def script_parser(description):
+    """The parser of a script's flags, whose --help begins with the script's docstring."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def progress(iterable, desc, total=None):
@@ -48,18 +64,13 @@ def sha256_file(path):
 def sync_folder(path):
     """Wait until the names in a folder are on the disk."""
     folder = os.open(path, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
         os.fsync(folder)
-    except OSError as error:
-        # Some network file systems cannot sync a folder.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-            raise
-    finally:
-        os.close(folder)
+    os.close(folder)
 
 
 def _part_of(path):
-    """Where a file or folder is made that appears whole."""
+    """A temporary name. The finished file is renamed from it."""
     # Two nodes that share a disk may have equal process ids, so the name is random.
     return Path(f"{path}.part{os.urandom(4).hex()}")
 
@@ -75,8 +86,7 @@ def write_whole(path, *chunks):
             os.fsync(file.fileno())
         os.replace(part, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        part.unlink(missing_ok=True)
         raise
     sync_folder(Path(path).parent)
 
@@ -148,55 +158,43 @@ def seal_folder(folder):
 
 
 def check_seal(folder):
-    """Compare a folder's files with its sha256.json; do nothing if it has none.
-
-    ValueError names a file that is missing or has changed.
-    """
+    """ValueError names a file of a sealed folder that is missing or has changed."""
     folder = Path(folder)
     if not os.path.lexists(folder / SEAL):
         return
     for name, digest in read_sealed(folder / SEAL).items():
         path = folder / name
-        try:
-            same = sha256_file(path) == digest
-        except OSError as error:
+        if not path.is_file() or sha256_file(path) != digest:
             raise ValueError(
-                f"{path}: cannot be read ({error.strerror}), but {SEAL} beside it names it; "
-                "fetch or make the folder again"
-            ) from None
-        if not same:
-            raise ValueError(
-                f"{path}: its sha256 is not the one in {SEAL}; fetch or make the folder again, "
-                f"or remove {SEAL} if the file was meant to change"
+                f"{path}: missing, or its sha256 is not the one in {SEAL}; fetch or make the "
+                f"folder again, or remove {SEAL} if the file was meant to change"
             )
 
 
 # ---- lines of JSON
 
 
-def _parse_line(line):
+def numbered_lines(path):
+    """Yield (number, bytes) of every line of a file that isn't blank, for parse_line.
+
+    Of a line that is too long, no more than LINE_BYTES and one are ever in memory.
+    """
+    with open(path, "rb") as file:
+        for number in itertools.count(1):
+            line = rest = file.readline(LINE_BYTES + 1)
+            if not line:
+                return
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(2**16)
+            if line.strip() or len(line) > LINE_BYTES:
+                yield number, line
+
+
+def parse_line(line):
+    """The JSON of a line; ValueError if it is none, or too long."""
+    if len(line.removesuffix(b"\n")) > LINE_BYTES:
+        raise ValueError(f"longer than {LINE_BYTES:,} bytes")
     try:
         return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
-
-
-def _refuse_line():
-    raise ValueError(f"longer than {LINE_BYTES:,} bytes")
-
-
-def json_lines(path):
-    """Yield (number, load) of every line of a file that isn't blank.
-
-    load() returns what the line holds, or raises ValueError. Of a line that is too long, no more
-    than LINE_BYTES are ever in memory.
-    """
-    with open(path, "rb") as file:
-        read_line = functools.partial(file.readline, LINE_BYTES + 1)
-        for number, line in enumerate(iter(read_line, b""), 1):
-            if len(line) > LINE_BYTES and not line.endswith(b"\n"):
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(2**16)
-                yield number, _refuse_line
-            elif line.strip():
-                yield number, functools.partial(_parse_line, line)

@@ -68,10 +68,6 @@ class View:
     document: int | None = None
 
 
-def no_steps():
-    return []
-
-
 @dataclass
 class Texts:
     """One example before an objective looks at it. A place is (document, index of a token in it).
@@ -85,7 +81,7 @@ class Texts:
     meaning: list = field(default_factory=list)
     regions: list = field(default_factory=list)
     longest: int | None = None
-    steps: Callable[[], list] = no_steps
+    steps: Callable[[], list] = list
 
     def is_cut(self, place):
         """Whether a state can't be taken: its document, or what it needs, is too long."""
@@ -134,9 +130,10 @@ class Batch:
 
     idx, targets (R, T): int64, a target of -1 counts nothing. num_targets: of the whole step, an
     int or a 0-dim float tensor. positions, ends (R, T): of packed rows (Document.write), None in
-    rows of text. pairs (2, N): the places that the objective laid out, counted through all rows;
-    weight (N,): 1, or 0 for padding; group (N,): the number of the example. items, total_items:
-    see StepRandom. drawn: what the objective drew, None if this step has no term.
+    rows of text. document (R, T): a number for each document or fragment of one, another for its
+    branch, and -1 for filler. pairs (2, N): the places that the objective laid out, counted through
+    all rows; weight (N,): 1, or 0 for padding; group (N,): the number of the example. items,
+    total_items: see StepRandom. drawn: what the objective drew, None if this step has no term.
     """
 
     idx: torch.Tensor
@@ -144,12 +141,21 @@ class Batch:
     num_targets: int | torch.Tensor = 1
     positions: torch.Tensor | None = None
     ends: torch.Tensor | None = None
+    document: torch.Tensor | None = None
     pairs: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     group: torch.Tensor | None = None
     items: torch.Tensor | None = None
     total_items: int = 0
     drawn: dict | None = None
+
+    def follows(self, n):
+        """Whether token t + n of a row comes n tokens after token t in one document: (R, T - n)."""
+        number, later = self.document[:, :-n], self.document[:, n:]
+        follows = (number == later) & (number >= 0)
+        if self.positions is not None:  # a branch may lie between two tokens of its trunk
+            follows &= self.positions[:, n:] - self.positions[:, :-n] == n
+        return follows
 
     def to(self, device):
         """This batch on the device, without waiting for it; what draw() needs stays behind."""
@@ -216,55 +222,31 @@ def first_fit(lengths, left, T):
     return places
 
 
-class Room(NamedTuple):
-    """What a micro-batch has left: tokens of each row, their sum, and the largest of them."""
-
-    left: np.ndarray
-    total: int
-    longest: int
-
-
 def place_examples(examples, rows, T):
     """A Placed for each example: all its documents inside one micro-batch of `rows` rows.
 
-    The longest example is placed first. ValueError if one fits no empty micro-batch.
+    The longest example is placed first, each in the first micro-batch that has room. ValueError if
+    one fits no empty micro-batch.
     """
-    placed, rooms = [None] * len(examples), []
     lengths = [[len(d) for d in e.documents] for e in examples]
+    placed, used = [None] * len(examples), 0
+    free = np.full((len(examples), rows), T)  # tokens of each row of each micro-batch
     for i in sorted(range(len(examples)), key=lambda i: -sum(lengths[i])):
-        total, longest = sum(lengths[i]), max(lengths[i])
-        empty = Room(np.full(rows, T), rows * T, T)
-        for number, room in enumerate([*rooms, empty]):
-            if room.total < total or room.longest < longest:
-                continue
-            left = room.left.copy()
+        # Those in use that have room for the longest document, and a new one.
+        for number in np.flatnonzero(free[: used + 1].max(1) >= max(lengths[i])).tolist():
+            left = free[number].copy()
             places = first_fit(lengths[i], left, T)
             if places is not None:
-                rooms[number : number + 1] = [Room(left, int(left.sum()), int(left.max()))]
+                free[number], used = left, max(used, number + 1)
                 placed[i] = Placed(number, places)
                 break
         if placed[i] is None:
             raise ValueError(
-                f"an example of {len(lengths[i])} documents does not fit a micro-batch of "
-                f"{rows} rows of {T} tokens"
+                f"an example of {len(lengths[i])} documents, together {sum(lengths[i])} tokens, "
+                f"does not fit a micro-batch of {rows} rows of {T}: lower GRAD_ACCUM_STEPS, or "
+                "raise TRAIN_BATCH_TOKENS or TRAIN_SEQ_LEN"
             )
     return placed
-
-
-def write_rows(documents, places, rows, T, filler):
-    """The arrays idx, targets, positions and ends, (rows, T) int64, of documents at their places.
-
-    What is left of a row is a document of its own, of `filler` tokens without targets.
-    """
-    idx, targets = np.full((rows, T), filler), np.full((rows, T), -1)
-    positions, ends = np.tile(np.arange(T), (rows, 1)), np.full((rows, T), T)
-    filled = np.zeros(rows, dtype=np.int64)
-    for document, (row, column) in zip(documents, places, strict=True):
-        document.write(column, idx[row], targets[row], positions[row], ends[row])
-        filled[row] = max(filled[row], column + len(document))
-    for row, column in enumerate(filled):
-        positions[row, column:] = np.arange(T - column)
-    return [x.astype(np.int64) for x in (idx, targets, positions, ends)]
 
 
 class Item(NamedTuple):
@@ -279,32 +261,41 @@ class Item(NamedTuple):
 def fill_rows(items, rows, T, filler, room=0):
     """The Batch of these Items in `rows` rows of T tokens.
 
-    room: pairs that the tables have place for, so that every micro-batch has one shape and one
-    graph; at least as many as there are. num_targets and total_items are left to the caller.
+    What is left of a row is a document of its own, of `filler` tokens without targets. room: pairs
+    that the tables have place for, so that every micro-batch has one shape and one graph; at least
+    as many as there are. num_targets and total_items are left to the caller.
     """
-    documents = [d for item in items for d in item.example.documents]
-    places = [place for item in items for place in item.places]
-    arrays = write_rows(documents, places, rows, T, filler)
-    table = []
+    idx, targets = np.full((rows, T), filler), np.full((rows, T), -1)
+    positions, ends = np.tile(np.arange(T), (rows, 1)), np.full((rows, T), T)
+    numbers, count = np.full((rows, T), -1), 0
+    filled, table = np.zeros(rows, dtype=np.int64), []
     for item in items:
-        start = [row * T + column for row, column in item.places]
+        starts = []
+        for document, (row, column) in zip(item.example.documents, item.places, strict=True):
+            document.write(column, idx[row], targets[row], positions[row], ends[row])
+            numbers[row, column : column + len(document)] = count
+            branch = column + document.fork + 1
+            numbers[row, branch : branch + len(document.branch)] = count + 1
+            count += 2
+            filled[row] = max(filled[row], column + len(document))
+            starts.append(row * T + column)
         for n, ((i, a), (j, b)) in enumerate(item.example.pairs):
-            table.append((start[i] + a, start[j] + b, item.group, item.first_item + n))
+            table.append((starts[i] + a, starts[j] + b, item.group, item.first_item + n))
+    for row, column in enumerate(filled):
+        positions[row, column:] = np.arange(T - column)
     padded = np.zeros((max(len(table), room), 4), dtype=np.int64)
     padded[: len(table)] = np.array(table, dtype=np.int64).reshape(-1, 4)
-    a, b, group, numbers = torch.from_numpy(padded).T.contiguous()
-    weight = torch.zeros(len(padded))
-    weight[: len(table)] = 1
-    idx, targets, positions, ends = map(torch.from_numpy, arrays)
+    a, b, group, items_of_pairs = torch.from_numpy(padded).T.contiguous()
     return Batch(
-        idx,
-        targets,
-        positions=positions,
-        ends=ends,
+        torch.from_numpy(idx),
+        torch.from_numpy(targets),
+        positions=torch.from_numpy(positions),
+        ends=torch.from_numpy(ends),
+        document=torch.from_numpy(numbers),
         pairs=torch.stack((a, b)),
-        weight=weight,
+        weight=(torch.arange(len(padded)) < len(table)).float(),
         group=group,
-        items=numbers,
+        items=items_of_pairs,
     )
 
 
@@ -316,18 +307,17 @@ def pack_rows(examples, filler, T=0, first_item=0):
     one at least, of weight 0 if there is none, so that every process uses the same weights.
     first_item: the number of the first pair in the step; total_items counts up to the last one.
     """
-    documents = [d for e in examples for d in e.documents]
-    fixed = T > 0
-    T = T or -(-max(map(len, documents)) // 8) * 8
-    places = first_fit([len(d) for d in documents], np.full(len(documents), T), T)
+    lengths = [len(d) for e in examples for d in e.documents]
+    fixed, T = T > 0, T or -(-max(lengths) // 8) * 8
+    places = first_fit(lengths, np.full(len(lengths), T), T)
     rows = 1 + max(row for row, _ in places)
     if fixed:
         rows = 1 << (rows - 1).bit_length()
-    items, begin, number = [], 0, first_item
+    items, places, number = [], iter(places), first_item
     for group, example in enumerate(examples):
-        end = begin + len(example.documents)
-        items.append(Item(example, places[begin:end], group, number))
-        begin, number = end, number + len(example.pairs)
+        own = [next(places) for _ in example.documents]
+        items.append(Item(example, own, group, number))
+        number += len(example.pairs)
     batch = fill_rows(items, rows, T, filler, room=1)
     batch.total_items = max(number, first_item + 1)
     return batch

@@ -7,16 +7,15 @@ first line says of which kind a file is.
 In a shard an example is marker, view, separator, view, and so on.
 """
 
-import hashlib
 import itertools
-import math
+import json
 import reprlib
 import sys
 from typing import NamedTuple
 
-from nanojepa.files import json_lines, progress, whole_folder, write_whole
-from nanojepa.shards import ShardWriter, choose_encoding, read_meta, write_meta
-from nanojepa.tokenizer import MAX_VOCAB, one_line
+from nanojepa.files import numbered_lines, one_line, parse_line, progress, whole_folder, write_whole
+from nanojepa.shards import digest, hold_out, read_meta, write_folder
+from nanojepa.tokenizer import load_tokenizer, train_bpe
 
 PRED_TOKENS = 10  # [PRED] tokens in the vocabulary of pairs; JEPA_PRED_TOKENS uses the first ones
 
@@ -41,6 +40,11 @@ class Record(NamedTuple):
         return {"messages": [{"role": role, "content": text} for role, text in roles]}
 
 
+def jsonl(records):
+    """The lines, bytes, that read_jsonl reads as these Records."""
+    return "".join(json.dumps(record.to_json()) + "\n" for record in records).encode()
+
+
 # ---- one line
 
 
@@ -57,28 +61,22 @@ def check_text(text, name):
     return text
 
 
-def check_group(texts, name):
-    """The texts; ValueError if they aren't at least two."""
-    if not isinstance(texts, list) or len(texts) < 2:
-        raise ValueError(f"{name}: a group needs at least two texts")
-    return [check_text(text, f"{name}[{i}]") for i, text in enumerate(texts)]
-
-
 def parse(line, obj):
     """The Record of the JSON in a line; ValueError says what is wrong with it."""
     if isinstance(obj, dict) and "paraphrases" in obj:
-        return Record(line, "groups", None, check_group(obj["paraphrases"], "paraphrases"))
+        texts = obj["paraphrases"]
+        if not isinstance(texts, list) or len(texts) < 2:
+            raise ValueError("paraphrases: a group needs at least two texts")
+        views = [check_text(text, f"paraphrases[{i}]") for i, text in enumerate(texts)]
+        return Record(line, "groups", None, views)
     messages = obj.get("messages") if isinstance(obj, dict) else None
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError('neither {"messages": [...]} nor {"paraphrases": [...]}')
     roles = [message.get("role") for message in messages]
-    for role in ("user", "assistant"):
-        if role not in roles:
-            raise ValueError(f"no message of role {role}")
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
         raise ValueError(
-            f"roles {reprlib.repr(roles)}: only one user and one assistant message are known, "
-            "after at most one system message"
+            f"roles {reprlib.repr(roles)}: there must be one user and one assistant message, after "
+            "at most one system message"
         )
     system = messages[0].get("content") if len(messages) == 3 else None
     if system not in (None, ""):
@@ -123,8 +121,8 @@ def read_records(items, make, place, bad="stop"):
 
 def read_jsonl(path, bad="stop", limit=None):
     """The Records of a file with a JSON object a line, of its first `limit` lines."""
-    lines = itertools.islice(json_lines(path), limit)
-    return read_records(lines, lambda number, load: parse(number, load()), str(path), bad)
+    lines = itertools.islice(numbered_lines(path), limit)
+    return read_records(lines, lambda n, line: parse(n, parse_line(line)), str(path), bad)
 
 
 def open_dataset(source, name, split, cache_dir=None):
@@ -151,16 +149,14 @@ def read_dataset(source, name, split, limit=None, cache_dir=None):
 
 def split_examples(records, test_fraction):
     """(train, test), by the hash of the first view, so that copies of it are on one side."""
-    digests = [hashlib.sha256(record.views[0].encode()).digest() for record in records]
-    unique = sorted(set(digests))
-    if len(unique) < 2:
+    digests = [digest(record.views[0]) for record in records]
+    held_out = set(hold_out(digests, test_fraction)[0])
+    if not held_out:
         raise ValueError("fewer than two different texts: there is nothing to split; give --test")
-    size = min(len(unique) - 1, math.ceil(test_fraction * len(unique)))
-    chosen = set(unique[:size])
-    sides = ([], [])
-    for record, digest in zip(records, digests, strict=True):
-        sides[digest in chosen].append(record)
-    return sides
+    train, test = [], []
+    for record, own in zip(records, digests, strict=True):
+        (test if own in held_out else train).append(record)
+    return train, test
 
 
 def seen_in_train(train, test, kind):
@@ -193,15 +189,13 @@ def full_views(record, keep_system):
     return [f"{system}\n{views[0]}", *views[1:]]
 
 
-def write_examples(writer, examples, encoding):
-    """Write lists of views; the separator is the token after the marker."""
-    for views in examples:
-        tokens = []
-        for view in views:
-            mark = encoding.n_vocab if tokens else encoding.eot_token
-            tokens += [mark, *encoding.encode_ordinary(view)]
-        writer.add(tokens, sum(len(view.encode()) for view in views))
-    writer.flush()
+def encode_views(views, encoding):
+    """The tokens of an example; the separator is the token after the marker."""
+    tokens = []
+    for view in views:
+        mark = encoding.n_vocab if tokens else encoding.eot_token
+        tokens += [mark, *encoding.encode_ordinary(view)]
+    return tokens
 
 
 def prepare_pairs(
@@ -221,7 +215,7 @@ def prepare_pairs(
     system: "keep" the system message before Text, "drop" it, or keep it if it differs among the
     training examples ("auto"). tokenizer: a tiktoken name or a file of ranks; without it, BPE of
     vocab_size tokens is trained on train. The separator and the [PRED] tokens come on top.
-    files: {name: text} to put beside the shards.
+    files: {name: Records} to put beside the shards as lines of JSON.
     """
     kinds = {kind for _, kind, _, _ in train + test}
     if len(kinds) > 1:
@@ -229,29 +223,22 @@ def prepare_pairs(
     kind = kinds.pop()
     systems = {system for _, _, system, _ in train}
     keep = system == "keep" or (system == "auto" and len(systems) > 1)
-    views = {
-        "train": [full_views(record, keep) for record in train],
-        "val": [full_views(record, keep) for record in test],
-    }
+    train, test = ([full_views(record, keep) for record in records] for records in (train, test))
     with whole_folder(out) as work:
-        texts = itertools.chain.from_iterable(views["train"])
-        encoding = choose_encoding(tokenizer, vocab_size, texts)
+        texts = itertools.chain.from_iterable(train)
+        encoding = load_tokenizer(tokenizer) if tokenizer else train_bpe(texts, vocab_size)
         separator = encoding.n_vocab
-        if separator + 1 + PRED_TOKENS > MAX_VOCAB:
-            raise ValueError(
-                f"{separator + 1 + PRED_TOKENS} tokens with separator and [PRED]s; "
-                f"a shard holds uint16, at most {MAX_VOCAB}"
-            )
-        shards = {}
-        for split, examples in views.items():
-            writer = ShardWriter(work, f"pairs_{split}", shards)
-            write_examples(writer, progress(examples, f"tokenising {split}"), encoding)
-        for name, text in (files or {}).items():
-            write_whole(work / name, text.encode())
-        write_meta(
+        for name, records in (files or {}).items():
+            write_whole(work / name, jsonl(records))
+        encoded = {
+            split: (encode_views(v, encoding) for v in progress(views, f"tokenising {split}"))
+            for split, views in (("train", train), ("val", test))
+        }
+        write_folder(
             work,
+            "pairs",
+            encoded,
             encoding,
-            shards=shards,
             source=source,
             licence=licence,
             extra_tokens=1 + PRED_TOKENS,
@@ -259,6 +246,6 @@ def prepare_pairs(
             separator=separator,
             first_pred=separator + 1,
             keep_system=keep,
-            overlap=count_overlap(views["train"], views["val"], kind),
+            overlap=count_overlap(train, test, kind),
         )
     return read_meta(out)

@@ -20,7 +20,7 @@ def finish(run, evaluate, log, checkpoints, result, root):
     ValueError if a file can't be written; the numbers are printed all the same.
     """
     checkpoints.wait()
-    state = {name: w.detach().cpu() for name, w in run.model.state_dict().items()}
+    state = {name: w.to("cpu", copy=True) for name, w in run.model.state_dict().items()}
     artifact = quantize(state)
     lost = save_artifacts(run, log.folder, artifact) if run.share.rank == 0 else None
     run.model.load_state_dict(dequantize(artifact))
@@ -40,10 +40,6 @@ def finish(run, evaluate, log, checkpoints, result, root):
     if run.share.rank:
         return
     log.line(f"{'-' * 40} text sample\n{sample_text(run)}\n{'-' * 40}")
-    log.line(
-        f"artifact: {len(artifact):,} bytes of weights + {code_bytes:,} of source = {size:,} "
-        f"({'within' if result['fits_16mb'] else 'over'} {ARTIFACT_LIMIT:,})"
-    )
     write_result(run, log, checkpoints, result, lost)
 
 
@@ -69,32 +65,31 @@ def sample_text(run, tokens=120):
     prompt, stop = [[data.doc_token]], data.doc_token
     try:
         (new,) = run.model.generate(prompt, tokens, 0.8, 50, stop, generator)
-    except RuntimeError as e:  # a ruined model can't be sampled from; its result stands
+    except RuntimeError as e:  # a diverged model can't be sampled from; its result stands
         return f"no text sample: {e}"
     pieces = [data.token_table[t] for t in new if t < len(data.token_table)]
     return b"".join(pieces).decode(errors="replace")
 
 
+def result_line(result):
+    """The last line that a run prints, from its result.json."""
+    names = ("val_loss", "val_bpb")
+    shown = " ".join(f"{name}:{result[name]:.4f}" for name in names if result[name] is not None)
+    return (
+        f"result: {shown} steps:{result['steps']} "
+        f"train_time:{1000 * result['train_seconds']:.0f}ms -> logs/{result['run_id']}/result.json"
+    )
+
+
 def write_result(run, log, checkpoints, result, lost):
     """Print the last line and write result.json; lost: the OSError of another file, or None."""
-    names = ("val_loss", "val_bpb", "quantized_val_bpb")
-    shown = " ".join(f"{name}:{result[name]:.4f}" for name in names if result[name] is not None)
-    log.line(
-        f"result: {shown} artifact_bytes:{result['artifact_bytes']} steps:{result['steps']} "
-        f"train_time:{1000 * result['train_seconds']:.0f}ms -> logs/{run.cfg.run_id}/result.json"
-    )
+    log.line(result_line(result))
     try:  # last, since a run with a result.json is finished
         if lost:
             raise lost
         write_whole(log.folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     except OSError as e:
-        if checkpoints.saved is None:
-            way = "train again"
-        elif checkpoints.saved == result["steps"]:
-            way = "write them"
-        else:
-            way = f"go on from step {checkpoints.saved}"
         raise ValueError(
             f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make "
-            f"room and {way} with RESUME=logs/{run.cfg.run_id}"
+            f"room, and RESUME=logs/{run.cfg.run_id} goes on from step {checkpoints.saved or 0}"
         ) from None

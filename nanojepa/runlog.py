@@ -83,7 +83,7 @@ class RunLog:
             ) from None
         except OSError:
             pass  # some network file systems have no locks
-        if resumed is None:  # what is there is of a process that was killed before its first step
+        if resumed is None:  # a process left these files when it was killed before its first step
             os.truncate(self.held.fileno(), 0)
             (self.folder / "environment.json").unlink(missing_ok=True)
 
@@ -203,7 +203,7 @@ class Timer:
     def report(self, done):
         """done: the fraction that is done."""
         now = time.perf_counter()
-        if self.began is None:  # whatever had to be compiled is compiled
+        if self.began is None:  # after the first batch: compilation isn't counted
             self.began, self.first, self.said = now, done, now
         elif now - self.said > SECONDS_BETWEEN_REPORTS:
             self.said = now

@@ -30,14 +30,14 @@ TRUTH = {"0": False, "1": True, "false": False, "true": True}
 
 
 class Range(NamedTuple):
-    """The values from low to high; above: low itself is none of them."""
+    """The values from low to high; If above is true, low is excluded."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
 
     def wrong(self, value):
-        """What a value must be, or "" if it is that."""
+        """The rule that a value breaks, or ""."""
         if not math.isfinite(value):
             return "must be finite"
         too_low = value <= self.low if self.above else value < self.low
@@ -88,6 +88,11 @@ class Setting(NamedTuple):
     def label(self):
         """The key as messages and the manual show it: of a flat dataclass, its variable."""
         return self.key if "." in self.key else self.key.upper()
+
+    @property
+    def shown(self):
+        """The default as text."""
+        return f"{self.default:g}" if self.kind is float else str(self.default)
 
     @property
     def choices(self):
@@ -260,7 +265,7 @@ def read_yaml(path):
     """The mapping that a YAML file holds; ValueError says why it is none."""
     try:
         loaded = yaml.safe_load(Path(path).read_bytes()) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:
         raise ValueError(f"--config {path}: {' '.join(str(e).split())}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"--config {path}: must be lines of `key: value`")
@@ -289,7 +294,7 @@ def from_yaml(path, settings):
 def from_environment(environ, settings):
     """{key: (text, where it stands)} of the variables that are settings.
 
-    One that begins with JEPA_ and is none is refused.
+    An unknown variable that begins with JEPA_ is an error.
     """
     variables = {key.upper(): key for key in settings}
     for name in environ:
@@ -318,13 +323,15 @@ def help_text(settings, description, environment):
     """What --help prints: a line for each setting, in groups."""
     others = "in capitals an environment variable, " if environment else ""
     lines = [description.strip(), "", f"--config FILE: YAML. Each flag is also {others}a YAML key."]
-    width, group = min(44, max(len(f"--{s.key} {s.default}") for s in settings)), None
+    width, group = min(44, max(len(f"--{s.key} {s.shown}") for s in settings)), None
     for setting in settings:
         if setting.group != group:
             group = setting.group
             lines.append(group)
-        line = f"  {f'--{setting.key} {setting.default}':{width}}  "
-        doc = re.split(r"[.;] ", setting.doc)[0].rstrip(".")
+        line = f"  {f'--{setting.key} {setting.shown}':{width}}  "
+        doc, *others = re.split(r"[.;] ", setting.doc.rstrip("."))
+        # What a special default means is worth a second clause: "0: all".
+        doc = "; ".join([doc, *(o for o in others if o.startswith(f"{setting.shown}:"))])
         if setting.choices:
             doc = f"{setting.choices}: {doc}"
         room = HELP_COLUMNS - len(line)
@@ -336,7 +343,11 @@ def non_defaults(config, origin):
     """A line for each setting whose value isn't its default."""
     settings = settings_of(type(config)).values()
     changed = [s.key for s in settings if value_of(config, s.key) != s.default]
-    return [f"{key}: {value_of(config, key)!r} ({origin[key]})" for key in changed]
+    return [
+        f"{key}: {value_of(config, key)!r} ({origin[key]})"
+        for key in changed
+        if origin[key] != "default"  # made for the run, like its run_id
+    ]
 
 
 def settings_markdown(Config):
@@ -352,7 +363,7 @@ def settings_markdown(Config):
                 "| setting | default | what it does |",
                 "|---|---|---|",
             ]
-        default = f"`{setting.default}`" if setting.default != "" else ""
+        default = f"`{setting.shown}`" if setting.shown else ""
         doc = re.sub(r"([|*])", r"\\\1", setting.doc)
         if setting.choices:
             doc = f"{doc.rstrip('.')}. One of {setting.choices}."

@@ -1,24 +1,25 @@
-"""Token shards, and the meta.json beside them: what data/prepare_*.py write and a run reads.
+"""Data folders: token shards and the meta.json beside them, written by data/ and read by a run.
 
 A shard has the llm.c format: 256 little-endian int32 (magic 20240520, version 1, token count,
 zeros), then the tokens as uint16. Every document begins with the document marker, a token of its
-own.
+own. The last _train_ or _val_ in a file's name is its split.
 
 meta.json is a sealed file of: tokenizer (with the sha256 of its file), vocab_size, doc_token,
-bytes_per_token (UTF-8 bytes, 0 for the marker), shards (file name -> sha256, tokens, and
-text_bytes, the size of its raw text), source, licence. Shards of another project have no meta.json;
-each has a file <name>.sha256 beside it from its first use on, and so has their tokenizer.
+bytes_per_token (UTF-8 bytes, 0 for the marker), shards (file name -> sha256, tokens), source,
+licence. Shards of another project have no meta.json; each has a file <name>.sha256 beside it from
+its first use on, and so has their tokenizer.
 """
 
 import hashlib
 import itertools
+import json
 import math
 import os
 import re
 from array import array
-from collections.abc import Callable
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -32,9 +33,10 @@ from nanojepa.files import (
 )
 from nanojepa.tokenizer import (
     MAX_VOCAB,
+    RANKS_FILE,
     load_tokenizer,
+    saved_encoding,
     token_bytes,
-    tokenizer_file,
     train_bpe,
     write_ranks,
 )
@@ -43,6 +45,15 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 SHARD_TOKENS = 100_000_000  # 200 MB a file, like the FineWeb shards of modded-nanogpt
 BATCH_TEXTS = 512  # how many are tokenised at a time, by several threads
+SPLIT_OF_NAME = re.compile(r".*_(train|val)_.*\.bin")
+META_KEYS = {
+    "vocab_size": int,
+    "doc_token": int,
+    "bytes_per_token": list,
+    "tokenizer": dict,
+    "shards": dict,
+}
+PAIR_KEYS = {"kind": str, "separator": int, "first_pred": int, "keep_system": bool}
 
 
 # ---- one shard
@@ -58,87 +69,39 @@ def write_shard(path, tokens):
 def read_shard(path):
     """The tokens of a shard, as a uint16 memmap; ValueError says what is wrong with the file."""
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if len(header) < HEADER_INTS or header[0] != MAGIC:
+    if len(header) < HEADER_INTS or tuple(header[:2]) != (MAGIC, VERSION):
         raise ValueError(
-            f"{path}: not a token shard (its first number is not {MAGIC}); "
-            "make shards with a script in data/"
+            f"{path}: not a token shard, which begins with {MAGIC} and {VERSION}; make shards with "
+            "a script in data/"
         )
-    _, version, count = header[:3].tolist()
-    if version != VERSION:
+    count, size = int(header[2]), os.path.getsize(path)
+    if count == 0 or size != HEADER_BYTES + 2 * count:
         raise ValueError(
-            f"{path}: shard version {version}, only version {VERSION} is known; "
-            "make it again with a script in data/"
+            f"{path}: {size} bytes, but its header promises {count} tokens; it was cut off: fetch "
+            "or make it again"
         )
-    size, expected = os.path.getsize(path), HEADER_BYTES + 2 * count
-    if size != expected:
-        raise ValueError(
-            f"{path}: {size} bytes, but its header promises {expected}; "
-            "it was cut off: fetch or make it again"
-        )
-    if count == 0:
-        raise ValueError(f"{path}: holds no tokens; remove it, or make it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
 
 
-def check_shard(path, tokens, sha256=None):
-    """The largest token of a shard; ValueError if the file's sha256 is another one."""
-    if sha256 is not None and sha256_file(path) != sha256:
-        raise ValueError(f"{path}: its sha256 is not the one in meta.json; fetch or make it again")
-    return int(tokens.max())
-
-
-def hold_shard(path):
+def hold_file(path):
     """Hold a file that no meta.json names to the sha256 it had when it was first used.
 
-    The digest is kept in <path>.sha256, as sha256sum writes it. Returns why it can't be kept, or
-    "". ValueError if the file has changed.
+    The digest is kept in <path>.sha256, as sha256sum writes it. Returns a warning if it can't be
+    kept, or "". ValueError if the file has changed.
     """
     beside = Path(f"{path}.sha256")
     line = f"{sha256_file(path)}  {Path(path).name}\n".encode()
-    if not os.path.lexists(beside):
+    if not os.path.exists(beside):
         try:
             write_whole(beside, line)
         except OSError as error:
-            return error.strerror
-    elif not beside.is_file():
-        raise ValueError(f"{beside}: not a file with the sha256 of {path}; remove it")
+            return f"{beside} cannot be written ({error.strerror}): a change would go unseen"
     elif beside.read_bytes() != line:
         raise ValueError(
             f"{path}: its sha256 is not the one it had when it was first used, in {beside}; "
             "fetch it again, or remove that file if it was meant to change"
         )
     return ""
-
-
-class ShardWriter:
-    """Write the tokens of one split as shards <prefix>_000000.bin and so on.
-
-    What meta.json says of each is added to the dict `shards`.
-    """
-
-    def __init__(self, folder, prefix, shards):
-        self.folder, self.prefix, self.shards = folder, prefix, shards
-        self.tokens, self.text_bytes, self.count = array("H"), 0, 0
-
-    def add(self, tokens, text_bytes):
-        """Add a document of so many UTF-8 bytes. It is never split between shards."""
-        self.tokens.extend(tokens)
-        self.text_bytes += text_bytes
-        if len(self.tokens) >= SHARD_TOKENS:
-            self.flush()
-
-    def flush(self):
-        """Write what has been added since the last shard."""
-        if not self.tokens:
-            return
-        name = f"{self.prefix}_{self.count:06d}.bin"
-        write_shard(self.folder / name, self.tokens)
-        self.shards[name] = {
-            "sha256": sha256_file(self.folder / name),
-            "tokens": len(self.tokens),
-            "text_bytes": self.text_bytes,
-        }
-        self.tokens, self.text_bytes, self.count = array("H"), 0, self.count + 1
 
 
 # ---- meta.json
@@ -151,12 +114,11 @@ def write_meta(folder, encoding, *, shards, source, licence, extra_tokens=0, **m
     said of pairs data.
     """
     folder, table = Path(folder), token_bytes(encoding)
-    file = "tokenizer.tiktoken"
-    write_ranks(folder / file, table)
-    tokenizer = {"file": file, "name": encoding.name, "pattern": encoding._pat_str}
+    write_ranks(folder / RANKS_FILE, table)
+    tokenizer = {"file": RANKS_FILE, "name": encoding.name, "pattern": encoding._pat_str}
     sizes = [len(token) for token in table] + [0] * extra_tokens
     meta = {
-        "tokenizer": {**tokenizer, "sha256": sha256_file(folder / file)},
+        "tokenizer": {**tokenizer, "sha256": sha256_file(folder / RANKS_FILE)},
         "vocab_size": len(sizes),
         "doc_token": encoding.eot_token,
         "source": source,
@@ -169,139 +131,216 @@ def write_meta(folder, encoding, *, shards, source, licence, extra_tokens=0, **m
 
 
 def read_meta(folder):
-    """The meta.json of a data folder; ValueError names the key that is missing or impossible."""
+    """The meta.json of a data folder; ValueError if it is damaged, or lacks a key."""
     file = Path(folder) / "meta.json"
     advice = "remove the folder and make the data again"
     try:
         meta = read_sealed(file)
     except ValueError as error:
         raise ValueError(f"{error}; {advice}") from None
-    for key, expected, holds in _requirements(meta):
-        if not holds:
-            raise ValueError(f"{file}: {key} is not {expected}; {advice}")
+    for key, kind in (META_KEYS | PAIR_KEYS if "kind" in meta else META_KEYS).items():
+        if not isinstance(meta.get(key), kind):
+            raise ValueError(f"{file}: {key} is no {kind.__name__}; {advice}")
     return meta
 
 
-def held_by_meta(path):
-    """Whether a meta.json beside a tokenizer's file names it; ValueError if it isn't that file."""
-    folder = Path(path).parent
-    if not os.path.lexists(folder / "meta.json"):
-        return False
-    meta = read_meta(folder)
-    if meta["tokenizer"]["file"] != Path(path).name:
-        return False
-    tokenizer_file(folder, meta)
-    return True
+def find_meta(folder):
+    """The meta.json of a data folder, None if it has none; ValueError if it can't be trusted."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"DATA_PATH={folder}: no such folder; make one with a script in data/ (docs/data.md)"
+        )
+    if (folder / "meta.json").exists():
+        return read_meta(folder)
+    # The scripts in data/ call it so. Without meta.json, pairs would be read as text.
+    if (folder / RANKS_FILE).exists():
+        raise ValueError(
+            f"{folder}: its meta.json is missing; remove the folder and make the data again "
+            "(data/prepare_fineweb.py only adds what is missing)"
+        )
+    return None
 
 
-def _requirements(meta):
-    """Yield (key, what its value must be, whether it is). Each may rely on those before it."""
-    size = meta.get("vocab_size")
-    yield "vocab_size", "a number from 1 to 65,536", _is_index(size, MAX_VOCAB + 1) and size > 0
-    marker = meta.get("doc_token")
-    yield "doc_token", "a token", _is_index(marker, size)
-    sizes = meta.get("bytes_per_token")
-    fits = (
-        isinstance(sizes, list) and len(sizes) == size and all(_is_index(n, 2**31) for n in sizes)
-    )
-    yield "bytes_per_token", "vocab_size numbers", fits
-    expected = "file, a name without a folder, name, pattern and sha256"
-    yield "tokenizer", expected, _is_tokenizer(meta.get("tokenizer"))
-    shards = meta.get("shards")
-    fits = isinstance(shards, dict) and all(_has_sha256(shard) for shard in shards.values())
-    yield "shards", "the sha256 of each shard", fits
-    if "kind" not in meta:
-        return
-    yield "kind", "pairs or groups", meta["kind"] in ("pairs", "groups")
-    separator = meta.get("separator")
-    fits = _is_index(separator, size) and separator != marker
-    yield "separator", "a token other than doc_token", fits
-    pred = meta.get("first_pred")
-    fits = _is_index(pred, size) and pred > max(separator, marker)
-    yield "first_pred", "a token after separator and doc_token", fits
-    yield "keep_system", "true or false", isinstance(meta.get("keep_system"), bool)
+# ---- a folder is read
 
 
-def _is_index(value, end):
-    return type(value) is int and 0 <= value < end  # a bool is none
+class DataFolder:
+    """The checked shards of a folder, and what is known of their tokens.
 
+    train, val: the tokens of each shard. encoding, token_table, bytes_per_token: None if the
+    tokenizer of another project's shards is not given. sha256: of all that val_bpb is made of;
+    None without a meta.json. warnings: lines for the log.
+    """
 
-def _has_sha256(value):
-    digest = value.get("sha256") if isinstance(value, dict) else None
-    return isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) is not None
+    def __init__(self, cfg, folder=None, part=0, parts=1):
+        """Check one of `parts` parts of the shards; the processes of a node share them."""
+        self.cfg, self.folder = cfg, Path(folder or cfg.data_path)
+        self.meta, self.warnings = find_meta(self.folder), []
+        self.read_vocabulary()
+        files = self.find_files()
+        self.train, self.val = ([read_shard(f) for f in files[split]] for split in files)
+        shards = list(zip(files["train"] + files["val"], self.train + self.val, strict=True))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
+            warnings = pool.map(self.check_shard, *zip(*shards[part::parts], strict=True))
+            self.warnings += [warning for warning in warnings if warning][:1]
 
+    def read_vocabulary(self):
+        """Find the tokenizer, the document marker and the size of the vocabulary."""
+        cfg, meta = self.cfg, self.meta
+        self.sha256 = self.encoding = self.token_table = self.bytes_per_token = None
+        self.doc_token, self.vocab_size = cfg.doc_token, cfg.vocab_size
+        if meta:
+            self.encoding, self.doc_token = saved_encoding(self.folder, meta), meta["doc_token"]
+            self.sha256 = self.hash_meta()
+            if cfg.tokenizer:
+                self.warnings.append(
+                    f"TOKENIZER={cfg.tokenizer} is not used: {self.folder} has a meta.json"
+                )
+        elif cfg.tokenizer:
+            self.encoding = load_tokenizer(cfg.tokenizer)
+            if os.path.isfile(cfg.tokenizer):
+                self.warnings += filter(None, [hold_file(cfg.tokenizer)])
+        elif cfg.vocab_size:
+            self.warnings.append(
+                f"no val_bpb: {self.folder} has no meta.json and TOKENIZER is not set, so the "
+                "bytes per token are unknown"
+            )
+            return
+        else:
+            raise ValueError(
+                f"{self.folder} has no meta.json: set TOKENIZER to the tokenizer of its shards, "
+                "or VOCAB_SIZE, without val_bpb"
+            )
+        self.token_table = token_bytes(self.encoding)
+        sizes = meta["bytes_per_token"] if meta else [len(token) for token in self.token_table]
+        self.token_table += [b""] * (len(sizes) - len(self.token_table))
+        self.bytes_per_token = np.array(sizes, dtype=np.int64)
+        self.vocab_size = cfg.vocab_size or len(sizes)
+        if self.vocab_size < len(sizes):
+            raise ValueError(
+                f"VOCAB_SIZE={cfg.vocab_size}: the tokens of {self.folder} need {len(sizes)}"
+            )
 
-def _is_tokenizer(value):
-    if not _has_sha256(value):
-        return False
-    if not all(isinstance(value.get(key), str) for key in ("file", "name", "pattern")):
-        return False
-    return not set("/\\\0") & set(value["file"]) and value["file"] not in ("", ".", "..")
+    def find_files(self):
+        """{"train": [path], "val": [path]}; ValueError if they aren't those of meta.json."""
+        files = {"train": [], "val": []}
+        for path in sorted(self.folder.glob("*.bin")):
+            if split := SPLIT_OF_NAME.fullmatch(path.name):
+                files[split[1]].append(path)
+        for split, paths in files.items():
+            if not paths:
+                raise ValueError(
+                    f"DATA_PATH={self.cfg.data_path}: no *_{split}_*.bin in it; make shards with "
+                    "a script in data/ (docs/data.md)"
+                )
+        names = {path.name for paths in files.values() for path in paths}
+        if self.meta and (odd := names ^ set(self.meta["shards"])):
+            raise ValueError(
+                f"{self.folder / 'meta.json'} and the shards beside it disagree on "
+                f"{', '.join(sorted(odd))}; remove the folder and make the data again"
+            )
+        return files
+
+    def check_shard(self, path, tokens):
+        """Returns hold_file's warning; ValueError if the shard isn't what it was, or can't be."""
+        warning = ""
+        if not self.meta:
+            warning = hold_file(path)
+        elif sha256_file(path) != self.meta["shards"][path.name]["sha256"]:
+            raise ValueError(
+                f"{path}: its sha256 is not the one in meta.json; fetch or make it again"
+            )
+        size = self.vocab_size if self.bytes_per_token is None else len(self.bytes_per_token)
+        if (largest := int(tokens.max())) >= size:
+            raise ValueError(
+                f"{path}: token {largest} is outside the vocabulary of {size}; set VOCAB_SIZE or "
+                "the right TOKENIZER"
+            )
+        return warning
+
+    def identity(self):
+        """What data a run is fed, for JSON.
+
+        The sha256 of meta.json's shards. Foreign shards, which are held to their first use, are
+        known by their place and sizes.
+        """
+        sizes = [len(tokens) for tokens in self.train + self.val]
+        return self.sha256 or [str(self.folder.resolve()), *sizes]
+
+    def hash_meta(self):
+        shards = self.meta["shards"]
+        parts = [[name, shards[name]["sha256"]] for name in sorted(shards)]
+        parts += [self.meta["doc_token"], self.meta["bytes_per_token"]]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 # ---- texts become shards
 
 
-def choose_encoding(tokenizer, vocab_size, texts):
-    """The Encoding of a tiktoken name or a file of ranks; of BPE trained on the texts if None."""
-    if tokenizer is None:
-        return train_bpe(texts, vocab_size)
-    if os.path.isfile(tokenizer):
-        held_by_meta(tokenizer)  # of another data folder, it must be as the meta.json there says
-    return load_tokenizer(tokenizer)
+def fill_shards(documents):
+    """Yield the tokens of one shard after another; no document is split between two."""
+    held = array("H")
+    for tokens in documents:
+        held.extend(tokens)
+        if len(held) >= SHARD_TOKENS:
+            yield held
+            held = array("H")
+    if held:
+        yield held
 
 
-class Pieces(NamedTuple):
-    """The texts of both splits."""
+def write_folder(folder, name, documents, encoding, extra_tokens=0, **meta):
+    """Write shards <name>_train_*.bin and <name>_val_*.bin, the tokenizer and meta.json.
 
-    count: int  # at most so many
-    read: Callable  # returns a fresh iterator of (split, text)
+    documents: {split: an iterable of documents, lists of tokens}. meta: as write_meta.
+    """
+    vocab_size, shards = encoding.n_vocab + extra_tokens, {}
+    if vocab_size > MAX_VOCAB:
+        raise ValueError(
+            f"{vocab_size} tokens; a shard holds uint16, so at most {MAX_VOCAB}: choose the "
+            "tokenizer gpt2 or r50k_base, or train one with --vocab-size"
+        )
+    for split in ("train", "val"):
+        for number, tokens in enumerate(fill_shards(documents[split])):
+            path = folder / f"{name}_{split}_{number:06d}.bin"
+            write_shard(path, tokens)
+            shards[path.name] = {"sha256": sha256_file(path), "tokens": len(tokens)}
+    write_meta(folder, encoding, shards=shards, extra_tokens=extra_tokens, **meta)
 
-    def texts(self, wanted):
-        return (text for split, text in self.read() if split == wanted)
+
+def digest(text):
+    return hashlib.sha256(text.encode()).digest()
 
 
-def split_documents(documents, val_fraction, train_fraction, held_out):
-    """The Pieces of documents, chosen by the hash of the text, so that copies share a split.
+def hold_out(digests, fraction):
+    """(held out, rest) of the different digests: the smallest ones are held out, never all."""
+    unique = sorted(set(digests))
+    size = min(len(unique) - 1, math.ceil(fraction * len(unique)))
+    return unique[:size], unique[size:]
 
-    documents: a function that returns a fresh iterator of str. train_fraction: the share that is
-    used of the documents that aren't validation. held_out: validation documents are taken from the
-    rest of those, so that a choice of settings never sees the true validation documents. The last
-    tenth of a single document is validation.
+
+def choose_splits(documents, val_fraction, train_fraction, held_out):
+    """{digest of a document: "train" or "val"}, by the hash of the text: copies share a split.
+
+    documents: an iterable of str. train_fraction: the share that is used of the documents that
+    aren't validation. held_out: validation documents are taken from the rest of those, so that a
+    choice of settings never sees the true validation documents.
     """
     if not 0 < train_fraction <= 1:
         raise ValueError(f"--train-fraction {train_fraction}: must lie above 0 and at most at 1")
-    digests = [_digest(text) for text in progress(documents(), "reading")]
+    digests = [digest(text) for text in progress(documents, "reading")]
     if not digests:
         raise ValueError("the source holds no text: check its path and the name of the text field")
-    unique = sorted(set(digests))
-    if len(unique) == 1 and train_fraction == 1 and not held_out:
-        text = next(documents())
-        cut = int(len(text) * 0.9)
-        return Pieces(2, lambda: iter([("train", text[:cut]), ("val", text[cut:])]))
-    size = min(len(unique) - 1, math.ceil(val_fraction * len(unique)))
-    val, rest = unique[:size], unique[size:]
+    val, rest = hold_out(digests, val_fraction)
     unused = len(rest) - math.ceil(train_fraction * len(rest))
-    if held_out and unused < size or not size:
+    if held_out and unused < len(val) or not val:
         raise ValueError(
-            f"the source holds {len(unique)} documents, too few to hold {max(1, size)} out; "
-            "lower --train-fraction"
+            f"the source holds {len(val) + len(rest)} documents, too few to hold "
+            f"{max(1, len(val))} out; lower --train-fraction"
         )
     if held_out:
-        val = rest[:size]
-    split_of = dict.fromkeys(val, "val") | dict.fromkeys(rest[unused:], "train")
-
-    def read():
-        for text in documents():
-            split = split_of.get(_digest(text))
-            if split:
-                yield split, text
-
-    return Pieces(len(digests), read)
-
-
-def _digest(text):
-    return hashlib.sha256(text.encode()).digest()
+        val = rest[: len(val)]
+    return dict.fromkeys(val, "val") | dict.fromkeys(rest[unused:], "train")
 
 
 def prepare(
@@ -319,28 +358,39 @@ def prepare(
 ):
     """Tokenise documents into the folder `out`, which appears whole or not at all; returns it.
 
-    It holds <name>_train_*.bin, <name>_val_*.bin, the tokenizer and meta.json.
-    documents: a function that returns a fresh iterator of str. It is called two or three times.
-    tokenizer: a tiktoken name or a file of ranks; without it, BPE of vocab_size tokens is trained
-    on the training documents. The other arguments are those of split_documents.
+    documents: a function that returns a fresh iterator of str. tokenizer: a tiktoken name or a file
+    of ranks; without it, BPE of vocab_size tokens is trained on the training documents. The other
+    arguments are those of write_meta and choose_splits.
     """
-    # A shard called "x_val_y" would be taken for one of the val split.
-    name = re.sub(r"[^\w.-]|_(?=train_|val_)", "-", name)
     with whole_folder(out) as work:
-        pieces = split_documents(documents, val_fraction, train_fraction, held_out)
-        encoding = choose_encoding(tokenizer, vocab_size, pieces.texts("train"))
-        shards = {}
-        writers = {s: ShardWriter(work, f"{name}_{s}", shards) for s in ("train", "val")}
-        rest = iter(progress(pieces.read(), "tokenising", pieces.count))
-        while batch := list(itertools.islice(rest, BATCH_TEXTS)):
-            encoded = encoding.encode_ordinary_batch([text for _, text in batch])
-            for (split, text), tokens in zip(batch, encoded, strict=True):
-                writers[split].add([encoding.eot_token, *tokens], len(text.encode()))
-        for writer in writers.values():
-            writer.flush()
+        first = list(itertools.islice(documents(), 2))
+        if len(first) == 1:  # its last tenth is the val split
+            cut = int(len(first[0]) * 0.9)
+            halves = {"train": first[0][:cut], "val": first[0][cut:]}
+            documents = halves.values
+            split_of = {digest(text): split for split, text in halves.items()}
+        else:
+            split_of = choose_splits(documents(), val_fraction, train_fraction, held_out)
+
+        def texts(split):
+            return (text for text in documents() if split_of.get(digest(text)) == split)
+
+        encoding = load_tokenizer(tokenizer) if tokenizer else train_bpe(texts("train"), vocab_size)
         if train_fraction < 1:
             source += f", {train_fraction:g} of the training documents"
         if train_fraction < 1 and held_out:
             source += ", validated on others of them"
-        write_meta(work, encoding, shards=shards, source=source, licence=licence)
+        encoded = {
+            split: encode_texts(progress(texts(split), f"tokenising {split}", count), encoding)
+            for split, count in Counter(split_of.values()).items()
+        }
+        write_folder(work, name, encoded, encoding, source=source, licence=licence)
     return Path(out)
+
+
+def encode_texts(texts, encoding):
+    """Yield the tokens of each text, the document marker first."""
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, BATCH_TEXTS)):
+        for tokens in encoding.encode_ordinary_batch(batch):
+            yield [encoding.eot_token, *tokens]

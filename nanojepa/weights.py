@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from nanojepa.files import write_whole
+from nanojepa.files import one_line, write_whole
 
 OBJECTIVE_FILE = "objective.safetensors"  # its weights, beside those of the model
 
@@ -42,10 +42,6 @@ def load_tensors(path):
     if digest(tensors) != expected:
         raise ValueError(f"{path}: its sha256 is not that of its content")
     return tensors
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200]
 
 
 def load_weights(model, folder, name="model.safetensors"):

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # it is read once, when huggingface_hub is imported
+
 import train_gpt
 from nanojepa.batches import divide_batch, open_data
 from nanojepa.records import prepare_pairs
@@ -123,11 +125,18 @@ def shake(run, scale=0.05):
     return run
 
 
+def with_loss(run, loss_fn):
+    """The Run, which calls loss_fn for training_loss."""
+    original = train_gpt.training_loss
+    run.compile = lambda function: loss_fn if function is original else function
+    return run
+
+
 def keep_gradients(run):
     """Let a step compute its gradients and leave them: its optimizers do nothing."""
 
     class Idle:
-        param_groups, found_inf = (), None
+        param_groups = ()
 
         def step(self):
             pass

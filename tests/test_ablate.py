@@ -40,9 +40,11 @@ from nanojepa.term import gain
 
 @dataclass
 class Config:
+    # ---- JEPA
     jepa_lambda: float = 0.0  # x
     jepa_objective: str = "toy"  # x
     jepa_layer: int = -1  # x
+    # ---- the rest
     num_layers: int = 6  # x
     iterations: int = 9  # x
     train_flops: float = 1e9  # x
@@ -55,6 +57,7 @@ class Config:
     init_from: str = ""  # x
     seed: int = 1  # x
     run_id: str = ""  # x
+    resume: str = ""  # x
 
     def __post_init__(self):
         if self.jepa_layer >= self.num_layers:
@@ -64,7 +67,7 @@ def main():
     cfg = load_settings(Config, sys.argv[1:], os.environ).config
     loss = 2 + 0.01 * cfg.seed - gain(cfg.jepa_lambda)
     folder = Path(__file__).resolve().parent / "logs" / cfg.run_id
-    folder.mkdir()
+    folder.mkdir(exist_ok=cfg.resume == "auto")
     rows = [{"step": n, "train_loss": loss + 1 / n} for n in range(1, cfg.iterations + 1)]
     (folder / "metrics.jsonl").write_text("\\n".join(map(json.dumps, rows)))
     result = {"val_bpb": loss, "quantized_val_bpb": loss + 0.1, "train_seconds": 1.0, "steps": 9}
@@ -100,7 +103,9 @@ class General:
 
 @dataclass
 class Training:
+    # ---- JEPA
     lbd: float = 0.1  # x
+    # ---- cost
     same_flop: bool = False  # x
     output_dir: str = ""  # x
 
@@ -124,7 +129,7 @@ def project(tmp_path, monkeypatch):
 
 
 def plan(project, flags=(), **changes):
-    """The Plan of these of ablate.py's flags."""
+    """(arms, runs) of these of ablate.py's flags."""
     given = dict(arms=["jepa_lambda=0.1"], arm=[], baseline=None, script=GPT, config=None)
     given |= dict(budget="steps=3", seeds=1, first_seed=1, name="n", evaluate=None, task=None)
     return ablate.plan(Namespace(**{**given, **changes}), list(flags), project / "out")
@@ -166,8 +171,8 @@ def test_arms_are_a_grid_with_its_twins_first(tmp_path):
     for text, message in [
         ("JEPA_LAMBDA", "must be NAME=value"),
         ("JEPA_LAMBDA=", "must be NAME=value"),
-        ("span.py:x.py", "span.py is no file of the project, named from its root"),
-        (f"{file}:x.py", "x.py is no file"),
+        ("span.py:x.py", "span.py is no file; name it from the project"),
+        (f"{file}:x.py", "x.py is no file; name it from this folder"),
     ]:
         with pytest.raises(ValueError, match=message):
             parse_arms([text], GPT)
@@ -206,54 +211,21 @@ def test_arms_one_by_one_and_a_baseline(tmp_path):
     ]
     for singles, baseline, message in [
         (["JEPA_LAMBDA=0.1 JEPA_LAYER"], None, "--arm JEPA_LAMBDA=0.1 JEPA_LAYER: must be NAME"),
-        (["jepa_layer=1 JEPA_LAYER=2"], None, "jepa_layer is there twice"),
-        ([f"data/mine.py:{edited}"], None, "data/mine.py is no file of the project"),
+        ([f"data/mine.py:'{edited}'"], None, "data/mine.py is no file; name it from the project"),
         (["JEPA_LAMBDA=1"], "", "--baseline : must be NAME"),
     ]:
         with pytest.raises(ValueError, match=message):
             parse_arms([], GPT, singles, baseline)
 
 
-def known_settings(script):
-    if script == GPT:
-        return {field.name for field in fields(train_gpt.Config)}
-    return {field.name for section in fields(FinetuneConfig) for field in fields(section.type)}
-
-
-@pytest.mark.parametrize("script", [GPT, HF])
-def test_no_arm_sets_what_all_arms_share(script):
-    """Step times of compiled and eager runs, or of two batch sizes, never stand in one table."""
-    known = known_settings(script)
-
-    def check(name, budget=None):
-        arm = Arm(((ablate.SCRIPTS[script].weight, "0.1"), (name, "1")))
-        ablate.check_arms([arm], script, budget)
-
-    for group, names in ablate.SHARED.items():
-        for name in names:
-            assert name in known_settings(GPT) | known_settings(HF)  # or it would protect nothing
-            message = f"{name} belongs to the {group}, which all arms share; give it as a flag"
-            with pytest.raises(ValueError, match=message):
-                check(name)
-    protected = {name for names in ablate.SHARED.values() for name in names}
-    assert {"compile", "dtype", "train_batch_tokens", "batch_size", "data_path"} <= protected
-    assert {ablate.SCRIPTS[script].seed, ablate.SCRIPTS[script].place} <= known
-    limits = {
-        GPT: {
-            "iterations": ("steps=9", "flops=1"),
-            "train_flops": ("steps", "flops", "seconds"),
-            "max_wallclock_seconds": ("steps",),
-        },
-        HF: {"same_flop": ("flops",)},
-    }
-    for name, budgets in limits[script].items():
-        assert name in known
-        check(name)
-        for budget in budgets:
-            with pytest.raises(ValueError, match=f"{name} belongs to the budget"):
-                check(name, budget)
-    if script == GPT:
-        check("iterations", "steps")
+def test_a_term_s_settings_are_the_group_jepa_of_its_script():
+    of_term = {script: set(ablate.term_settings(script)) for script in (GPT, HF)}
+    known = {field.name for field in fields(train_gpt.Config)}
+    assert of_term[GPT] == {name for name in known if name.startswith("jepa_")}
+    sections = [section.type for section in fields(FinetuneConfig)]
+    known = {field.name for section in sections for field in fields(section)}
+    assert {"lbd", "gamma", "objective", "predictors", "views", "jepa_ratio"} <= of_term[HF] < known
+    assert not of_term[HF] & {"batch_size", "plain", "same_flop", "use_lora"}
 
 
 def test_budgets():
@@ -272,7 +244,7 @@ def test_budgets():
 
 def names(project, **changes):
     """[(name of a run, name of its evaluation)]"""
-    found = plan(project, **changes).runs
+    found = plan(project, **changes)[1]
     return [(run.folder.name, run.evaluation and run.evaluation.name) for run in found]
 
 
@@ -324,13 +296,13 @@ def test_a_run_is_another_one_if_its_source_is(project, tmp_path):
     """And an arm runs a copy of the source of now, with its own file in it."""
     (tmp_path / "mine.py").write_text("def gain(weight):\n    return 7\n")
     arm = dict(arms=["jepa_lambda=0.1", f"nanojepa/term.py:{tmp_path / 'mine.py'}"])
-    first, with_file = names(project), plan(project, **arm).runs[1]
+    first, with_file = names(project), plan(project, **arm)[1][1]
     (project / "nanojepa" / "unused.py").write_text("# edited\n")
     assert names(project) == first  # the trainer doesn't import it
     train_gpt_file = project / "train_gpt.py"
     train_gpt_file.write_text(f"{train_gpt_file.read_text()}\n# edited\n")
     assert not set(names(project)) & set(first)
-    changed = plan(project, **arm).runs[1]
+    changed = plan(project, **arm)[1][1]
     assert changed.folder != with_file.folder
     for run, edited in ((with_file, False), (changed, True)):
         script = Path(run.command[1])
@@ -339,26 +311,25 @@ def test_a_run_is_another_one_if_its_source_is(project, tmp_path):
         assert term == (tmp_path / "mine.py").read_text()
 
 
-def test_data_made_of_another_place_is_the_same_input(tmp_path):
-    def make(name, source, code):
+def test_data_is_another_input_if_its_shards_are(tmp_path):
+    def make(name, code):
         examples = [(1, "pairs", None, ["a", code])]
-        prepare_pairs(tmp_path / name, examples, examples, source=source, vocab_size=258)
+        prepare_pairs(tmp_path / name, examples, examples, source="x.jsonl", vocab_size=258)
         return ablate.content(str(tmp_path / name))
 
-    here, there = make("here", "one/x.jsonl", "b"), make("there", "two/x.jsonl", "b")
-    assert here == there != make("other", "two/x.jsonl", "c")
+    assert make("here", "b") == make("there", "b") != make("other", "c")
     assert ablate.content("data/stdlib") == "data/stdlib"  # which may be there or not
 
 
 def test_runs_are_interleaved_over_the_arms(project):
-    runs = plan(project, arms=["jepa_lambda=0.1,0.2"], seeds=2, first_seed=4).runs
+    _, runs = plan(project, arms=["jepa_lambda=0.1,0.2"], seeds=2, first_seed=4)
     assert [(run.arm.label, run.seed) for run in runs] == [
         (f"jepa_lambda={weight}", seed) for seed in (4, 5) for weight in ("0", "0.1", "0.2")
     ]
     assert len({run.folder for run in runs}) == 6
     for run in runs:
         assert {f"--seed={run.seed}", f"--run_id={run.folder.name}"} <= set(run.command)
-    arms, runs, _ = plan(
+    arms, runs = plan(
         project,
         baseline="jepa_lambda=0 iterations=2",
         arms=[],
@@ -369,7 +340,7 @@ def test_runs_are_interleaved_over_the_arms(project):
     # A flag may be valid only together with the arms' settings; {seed} is each run's seed.
     deep = dict(arms=[], arm=["num_layers=9 jepa_lambda=1"], baseline="num_layers=12")
     chained = ["--jepa_layer=8", "--init_from=logs/a-seed{seed}"]
-    for run in plan(project, flags=chained, **deep, seeds=2).runs:
+    for run in plan(project, flags=chained, **deep, seeds=2)[1]:
         assert f"--init_from=logs/a-seed{run.seed}" in run.command
 
 
@@ -378,14 +349,9 @@ def test_runs_are_interleaved_over_the_arms(project):
     [
         (dict(arms=["jepa_lambda=0.1,0.10"]), "jepa_lambda=0.10 is the same run as arm jepa_lam"),
         (dict(arms=["num_layers=6"]), "num_layers=6 is the same run as arm jepa_lambda=0 num_lay"),
-        (dict(flags=["--seed", "3"]), "seed is set here for every run; see --seeds"),
-        (dict(arm=["seed=3 jepa_lambda=1"]), "seed=3: seed is set here for every run"),
+        (dict(arms=["jepa_lambda=1", "seed=3,4"]), "seed=4 is the same run as"),
         (dict(flags=["--num_layers=3"], arms=["jepa_layer=4"]), "^JEPA_LAYER=4: must be"),
         (dict(arms=["jepa_lamda=4"]), "^unknown argument --jepa_lamda=4; did you mean jepa_lambda"),
-        (
-            dict(script=HF, arms=["lbd=1"], budget=None, flags=["--seed=3"]),
-            "finetune_seed is set here",
-        ),
     ],
 )
 def test_a_grid_that_can_t_be_is_refused_before_its_first_run(project, changes, message):
@@ -411,7 +377,6 @@ def run(project):
 
 def test_a_grid_is_stopped_and_continued(run, project, tmp_path, capsys, monkeypatch):
     """With an edited file, and one whose run fails at first and succeeds when it is tried again."""
-    monkeypatch.setenv("MATRIX_LR", "0.03")
     monkeypatch.setenv("SEED", "9")  # which every run has its own of
     edited, failing = tmp_path / "edited.py", tmp_path / "failing.py"
     edited.write_text("def gain(weight):\n    return weight\n")
@@ -422,7 +387,6 @@ def test_a_grid_is_stopped_and_continued(run, project, tmp_path, capsys, monkeyp
     arms += ["--seeds", "1", "--metric", "val_bpb,quantized_val_bpb"]
     twin, plain, failed, changed = run(*arms)
     printed, out = capsys.readouterr().out, project / "ablations" / "g"
-    assert "\nfrom the environment, for all arms: matrix_lr=0.03" in printed
     assert "3 of 4 runs, 0:00:" in printed and printed.count("FAILED, see") == 1
     assert "seed 1: val_bpb 1.96, mean of 1: 1.96\n" in printed
     last = printed.strip().splitlines()[-1]
@@ -456,7 +420,6 @@ def test_a_grid_is_stopped_and_continued(run, project, tmp_path, capsys, monkeyp
     assert again == [folders[plain["arm"]]] and len(before) == 3
     log = (out / f"{folders[failed['arm']].name}.log").read_text()
     assert log.count("AssertionError") == 1 and log.count("train_gpt.py --") == 2  # both tries
-    assert len(list((project / "logs").glob(f"{folders[plain['arm']].name}.stopped*"))) == 1
     assert (out / "ablation.png").stat().st_size > 10_000
     curves = tmp_path / "curves.png"
     ablate.main(["plot", *map(str, list(folders.values())[:2]), "--out", str(curves)])
@@ -498,7 +461,7 @@ def test_runs_share_the_gpus_in_order(run, monkeypatch, capsys):
 
 
 def test_an_edited_model_is_evaluated_by_its_own_source(run, project, tmp_path):
-    """And a metric that no result has stops the grid after the first seed, its runs kept."""
+    """And a metric that no result has stops the grid after the first seed, with all runs kept."""
     edited, test = tmp_path / "model.py", tmp_path / "test.jsonl"
     edited.write_text("RIGHT = 0.75\n")
     test.write_text("")
@@ -508,7 +471,7 @@ def test_an_edited_model_is_evaluated_by_its_own_source(run, project, tmp_path):
         run(*flags, "--metric", "x", "--seeds", "2")
     done = {f: f.stat().st_mtime_ns for f in (project / "logs").glob("g-*/result.json")}
     rows = run(*flags, "--seeds", "1")
-    assert [row["mean"] for row in rows] == [0.25, 0.75] and len(done) == 2
+    assert [row["mean"] for row in rows] == [0.25, 0.75] and 2 <= len(done) < 4
     assert all(file.stat().st_mtime_ns == then for file, then in done.items())
 
 
@@ -518,19 +481,6 @@ def make_run(tmp_path):
     folder.mkdir()
     evaluation, log = folder / "evaluation-1.json", tmp_path / "log"
     return ablate.Run(Arm(()), 1, folder, ["python", GPT], log, evaluation)
-
-
-@pytest.mark.parametrize("text", ["", '{"val_bpb": 1', "[1]", "[]", "3", "\udcff", "[" * 100_000])
-def test_a_damaged_result_is_named_with_what_to_do(tmp_path, text):
-    run = make_run(tmp_path)
-    for bad, again in (("result.json", run.folder), (run.evaluation.name, run.evaluation)):
-        for name in ("result.json", run.evaluation.name):
-            content = text if name == bad else '{"val_bpb": 1}'
-            (run.folder / name).write_text(content, errors="surrogateescape")
-        message = f"{run.folder / bad}: not a JSON object .*; remove {again} and run the grid again"
-        with pytest.raises(ValueError, match=message) as error:
-            run.result()
-        assert "\n" not in str(error.value)
 
 
 def test_an_evaluation_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -587,19 +537,15 @@ def test_the_best_arms_of_a_grid(tmp_path, capsys):
     [
         ("--arms JEPA_LAMBDA=0.1 --seeds 0", "--seeds 0: must be at least 1"),
         ("--arms JEPA_LAMBDA=0.1 --first_seed -1 --num_layers x", "'x' is not a valid int"),
-        ("--arm JEPA_LAMBDA=1 --baseline JEPA_LAMBDA=0", "--baseline needs a --budget"),
         ("--arms JEPA_LAMBDA=0.1 --config no.yaml", "no.yaml: .*No such file"),
         ("--arms JEPA_LAMBDA=0.1 --evaluate no.jsonl", "no.jsonl: No such file"),
         ("--arms JEPA_LAYER=9", "JEPA_LAYER=9: must be -1"),
         ("--arms JEPA_LAMBDA=0.1 --num_layer 3", "unknown argument --num_layer"),
         ("--arms lbbd=0.1 --script finetune.py", "did you mean lbd"),
         ("--seeds 3", "no arms: give --arms"),
-        ("--arm JEPA_LAMBDA=0.1 --name a/b", "--name a/b: may hold"),
+        ("--arm JEPA_LAMBDA=0.1 --seed 3", "--seed: every run gets its own"),
+        ("--arm lbd=0.1 --script finetune.py --output_dir=x", "--output_dir: every run gets its"),
         ("--arm JEPA_LAMBDA=x", "'x' is not a valid float"),
-        (
-            "--arm compile=0",
-            "arm compile=0: compile belongs to the program and batch, which all arms share",
-        ),
         ("plot .", "no metrics.jsonl in it"),
         ("best . --over x", "result.json: No such file"),
     ],

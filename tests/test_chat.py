@@ -51,7 +51,7 @@ def test_places_are_those_of_the_texts(chats, data):
     assert before.rstrip().endswith(user.rstrip()) or before.endswith(user.strip())
     if system and (kind != "llama" or plain):
         assert system in before
-    lone = chat.alone("user", user)
+    lone = chat.turns([("user", user)])
     assert decode([lone.tokens[n] for n in lone.user]).strip() == user.strip()
 
 
@@ -69,6 +69,19 @@ def test_the_end_of_the_turn_need_not_be_the_tokenizer_s_end_token():
     end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert chat.conversation(None, "a", "b").tokens[-1] == chat.end == end
     assert chat.stop_tokens == sorted([end, chat.tokenizer.eos_token_id])
+
+
+def test_plain_texts_need_no_template():
+    """The conversation and each text alone; a system message is a line before the user's."""
+    tokenizer = hf.make_tokenizer("llama")
+    tokenizer.chat_template = None
+    chat = Chat(tokenizer, plain=True)
+    start, end = chat.start, tokenizer.eos_token_id
+    turns = chat.conversation("Be brief.", "Why?", "so")
+    assert turns.tokens == [start, *chat.encode("Be brief.\nWhy?\n"), *chat.encode("so"), end]
+    assert tokenizer.decode([turns.tokens[n] for n in turns.user]) == "Why?"
+    assert chat.turns([("user", "Why?")]).tokens == [start, *chat.encode("Why?\n")]
+    assert chat.turns([("assistant", "so")]).tokens == [start, *chat.encode("so"), end]
 
 
 def test_the_template_s_generation_prompt_is_compared(chats):
@@ -90,7 +103,7 @@ def test_templates_that_rewrite_are_refused():
     only_pairs = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}"
     tokenizer.chat_template = only_pairs + hf.TEMPLATES["qwen"]
     with pytest.raises(ValueError, match="refuses messages of assistant .*dataset.views: prefix"):
-        Chat(tokenizer).alone("assistant", "yes")
+        Chat(tokenizer).turns([("assistant", "yes")])
 
 
 # ---- thinking
@@ -104,10 +117,12 @@ def test_thinking_is_removed():
 
 @settings(max_examples=500, deadline=None)
 @given(st.lists(st.sampled_from(["<", "</", "\n", "a ", "<think>", *TAGS]), max_size=12))
-def test_thinking_is_what_one_pattern_matches(pieces):
+def test_thinking_is_what_the_patterns_match(pieces):
     text = "".join(pieces)
-    pattern = re.compile(r"<(think|Thought)>.*?</\1>|</?(?:Output|Answer)>", re.DOTALL)
-    assert remove_thinking(text) == pattern.sub("", text).strip()
+    expected = text
+    for pattern in ("<think>.*?</think>", "<Thought>.*?</Thought>", "</?(Output|Answer)>"):
+        expected = re.sub(pattern, "", expected, flags=re.DOTALL)
+    assert remove_thinking(text) == expected.strip()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Records as examples: what is encoded of them, what is trained, and what is compared."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def test_views_are_conversations_of_their_own(chats, kind):
         record = pair("What is it?", "An egg.", system)
         example = lay_out(record, chat, Data(), make_objective(preds=PREDS))
         a, b = views(example)
-        lone = [chat.alone(*turn) for turn in (("user", "What is it?"), ("assistant", "An egg."))]
+        lone = [chat.turns([turn]) for turn in (("user", "What is it?"), ("assistant", "An egg."))]
         assert a == [*lone[0].tokens[: lone[0].user.stop], *PREDS]
         assert b == lone[1].tokens[: lone[1].assistant.stop]
         # If the conversation begins with view A, it is encoded once.
@@ -114,6 +115,11 @@ def test_last_token_counts_from_the_end_of_the_turn(chats):
 
     assert states(-2) == states(0)
     assert states(-1) == tuple([*view, end] for view in states(0))
+    # Qwen's ends in <|im_end|> and a line break, whichever way the views are written.
+    chosen, default = (make_objective(last_token=n) for n in (-3, 0))
+    for ways in ("standalone", "prefix"):
+        lay = functools.partial(lay_out, record, chats["qwen"], Data(views=ways))
+        assert views(lay(chosen)) == views(lay(default))
     # A step closes no turn.
     assert states(-2, "step", "One.\n\nTwo.") == states(0, "step", "One.\n\nTwo.")
     source = Source("file", [record])

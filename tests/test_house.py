@@ -125,6 +125,23 @@ def test_the_settings_page_is_what_the_settings_say():
     assert done.stdout == (ROOT / "docs/settings.md").read_text(), advice
 
 
+def test_every_promise_names_tests_that_exist():
+    """In docs/guarantees.md, by file and name; a star after a name is a slow test."""
+    faults = []
+    for line in (ROOT / "docs/guarantees.md").read_text().splitlines():
+        tests = {}
+        for file, name, star in re.findall(r"(test_\w+\.py): |`(test_\w+)`(\\?)", line):
+            if file:
+                tests = {n.name: n for n in nodes(f"tests/{file}") if hasattr(n, "name")}
+            elif name not in tests:
+                faults.append(f"{name} is not there")
+            else:
+                marks = [ast.unparse(mark) for mark in tests[name].decorator_list]
+                if ("pytest.mark.slow" in marks) != bool(star):
+                    faults.append(f"{name}: its star and its mark disagree")
+    refuse(faults, "docs/guarantees.md: name the test that proves it now, or take the promise back")
+
+
 def test_ci_runs_the_readme_s_two_commands():
     blocks = (ROOT / "README.md").read_text().split("```")[1::2]
     train, test, *_ = [line for block in blocks for line in block.splitlines()[1:]]

@@ -95,12 +95,14 @@ def fragments_of(row, doc_token):
     return [(p, q - 1) for p, q in zip(firsts, firsts[1:] + [len(row)], strict=True)]
 
 
-def draw_spans(idx, seed=0, step=0, first_row=0, total_rows=None, **options):
+def draw_spans(idx, seed=0, step=0, first_row=0, total_rows=None, doc_token=None, **options):
     """Spans of rows of text: a, b, start, end within their row, and weight, each (B, S)."""
     B, T = idx.shape
     items = torch.arange(first_row, first_row + B)
     rng = StepRandom(seed, step, items, total_rows or B)
-    drawn = Span(Options(width=1, **options)).draw(Batch(idx, idx, items=items), rng)
+    document = torch.zeros_like(idx) if doc_token is None else (idx == doc_token).cumsum(1)
+    batch = Batch(idx, idx, document=document, items=items)
+    drawn = Span(Options(width=1, **options)).draw(batch, rng)
     before, b, start, end = drawn["places"] - torch.arange(B)[:, None] * T
     return before + 1, b, start, end, drawn["weight"]
 
@@ -307,12 +309,14 @@ def test_layout_leaves_the_texts_as_they_are():
 def test_distances_match_their_formulas(kind):
     u, v = torch.randn(7, 5), torch.randn(7, 5)
     cosines = F.cosine_similarity(u[:, None], v[None], dim=-1)
-    per_pair = {
+    formulas = {
         "cosine": 1 - cosines.diagonal(),
         "l2": (u - v).pow(2).sum(1).sqrt(),
         "mse": (u - v).pow(2).mean(1),
         "infonce": -(cosines / 0.07).log_softmax(1).diagonal(),
-    }[kind]
+    }
+    assert kind in formulas, "add the formula of the new distance here"
+    per_pair = formulas[kind]
     torch.testing.assert_close(mean_distance(kind, u, v), per_pair.mean(), **TOLERANCE)
     weight = torch.tensor([0.5, 0, 1, 0.25, 0, 2, 1])
     if kind == "infonce":  # pairs of weight 0 are no negatives
@@ -396,19 +400,24 @@ def test_normed_states_are_compared_if_asked_for():
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_linear_predictor_begins_as_the_identity_and_maps_view_a(name):
-    h = torch.randn(1, 12, 8)
-    drawn = {
-        "places": torch.tensor([[3], [6], [0], [11]]),
-        "a": torch.tensor([2]),
-        "b": torch.tensor([7]),
-        "group": torch.tensor([0]),
-    }
-    plain = OBJECTIVES[name](Options(width=8)).views(None, None, h, drawn)
+    h, zeros = torch.randn(1, 12, 8), torch.zeros(1, 12, dtype=torch.int64)
+    batch = Batch(
+        zeros,
+        zeros,
+        document=zeros,
+        pairs=torch.tensor([[2], [9]]),
+        weight=torch.ones(1),
+        group=torch.tensor([0]),
+        items=torch.tensor([0]),
+    )
+    plain = OBJECTIVES[name](Options(width=8))
+    drawn = plain.draw(batch, StepRandom(0, 0, batch.items, 1))
+    plain = plain.views(None, batch, h, drawn)
     mapped = OBJECTIVES[name](Options(width=8, predictor="linear"))
-    torch.testing.assert_close(mapped.views(None, None, h, drawn).u, plain.u)
+    torch.testing.assert_close(mapped.predicted_views(None, batch, h, drawn).u, plain.u)
     with torch.no_grad():
         mapped.predictor.weight.mul_(2)
-    views = mapped.views(None, None, h, drawn)
+    views = mapped.predicted_views(None, batch, h, drawn)
     torch.testing.assert_close(views.u, 2 * plain.u)
     torch.testing.assert_close(views.v, plain.v)
 

@@ -19,7 +19,6 @@ from nanojepa.packing import (
     pack_rows,
     place_examples,
     tree_mask,
-    write_rows,
 )
 
 FILLER = 999
@@ -110,10 +109,9 @@ def test_a_document_is_written_as_its_tree(document, column):
 
 
 def written_rows(placed, rows, T):
-    """(documents, their places, the four arrays as tensors) of first_fit's places."""
+    """(the places of documents by first_fit, the Batch)."""
     places = first_fit([len(d) for d in placed], np.full(rows, T), T)
-    arrays = write_rows(placed, places, rows, T, FILLER)
-    return places, [torch.from_numpy(x) for x in arrays]
+    return places, fill_rows([Item(Example(placed), places, 0, 0)], rows, T, FILLER)
 
 
 @given(st.lists(documents(), min_size=1, max_size=6))
@@ -124,7 +122,8 @@ def test_mask_is_the_tree_and_nothing_else(packed):
     What is left of a row is a document too.
     """
     rows, T = len(packed), 12
-    places, (idx, targets, positions, ends) = written_rows(packed, rows, T)
+    places, batch = written_rows(packed, rows, T)
+    idx, targets, positions, ends = batch.idx, batch.targets, batch.positions, batch.ends
     expected = torch.zeros(rows, T, T, dtype=torch.bool)
     filled = [0] * rows
     for document, (row, column) in zip(packed, places, strict=True):
@@ -141,7 +140,7 @@ def test_mask_is_the_tree_and_nothing_else(packed):
 def test_the_block_mask_is_the_boolean_one():
     """FlexAttention's mask, evaluated for every query and key."""
     tree = Document([1, 2, 3], range(1, 3), [7, 8], 1)
-    _, (*_, ends) = written_rows([tree, Document([4, 5])], 1, 12)
+    ends = written_rows([tree, Document([4, 5])], 1, 12)[1].ends
     blocks = tree_mask(ends, flex=True)
     places = torch.arange(12)
     seen = [[blocks.mask_mod(0, 0, q, k).item() for k in places] for q in places]
@@ -212,7 +211,7 @@ def test_an_example_goes_into_the_first_micro_batch_with_room_for_all_of_it(seve
 def test_an_example_that_fits_no_micro_batch_is_refused():
     example = Example([Document([0] * 20) for _ in range(3)])
     assert place_examples([example], 3, 32)[0].places == [(0, 0), (1, 0), (2, 0)]
-    message = "an example of 3 documents does not fit a micro-batch of 2 rows of 32 tokens"
+    message = "3 documents, together 60 tokens, does not fit a micro-batch of 2 rows of 32: lower"
     with pytest.raises(ValueError, match=message):
         place_examples([example], 2, 32)
 

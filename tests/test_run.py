@@ -201,7 +201,7 @@ def test_a_run_id_is_never_overwritten(train, run_id):
         (["--num_heads=5"], "num_heads=5"),
         (["--data_path=/nowhere"], "DATA_PATH=/nowhere"),
         (["--jepa_layer=3"], "JEPA_LAYER=3"),
-        (["--vocab_size=200"], "outside the vocabulary of 200"),
+        (["--vocab_size=200"], "VOCAB_SIZE=200: the tokens of"),
         (["--jepa_lamda=1"], "unknown argument --jepa_lamda=1; did you mean jepa_lambda?"),
     ],
 )

@@ -1,14 +1,11 @@
 """SQL that a model wrote: it reads and does nothing else, within its time and memory."""
 
 import json
-import re
 import sqlite3
 import time
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from databases import make_pets
 from nanojepa.eval import sql
@@ -84,8 +81,7 @@ NO_RESULT = {
     "SELECT readfile('/etc/hostname')": "no such function",
     "SELECT writefile('made', 'x')": "no such function",
     "SELECT edit('x', 'touch made')": "no such function",
-    "SELECT length(zeroblob(500000000))": "too big",
-    "SELECT length(randomblob(500000000))": "too big",
+    "SELECT length(zeroblob(2000000000))": "too big",
     "SELECT (" + "(" * 100_000: "overflow|too large|too big",
     "SELECT 1" + " UNION SELECT 1" * 100_000: "too many terms|too big",
 }
@@ -106,28 +102,13 @@ def test_sql_that_does_more_than_read_fails_and_changes_nothing(
 
 
 def test_each_layer_against_writing_holds_alone(database, monkeypatch):
-    file = str(database / "pets" / "pets.sqlite")
-
-    def rows(query):
-        return list(sql.query(file, query, 5))
-
-    connection = sqlite3.connect(file)
-    known = "SELECT count(*) FROM pragma_function_list WHERE name = 'fts5_source_id'"
-    if connection.execute(known).fetchone() == (1,):
-        connection.execute("CREATE VIEW v AS SELECT fts5_source_id()")
-        connection.commit()
-        assert rows("SELECT fts5_source_id()")
-        # trusted_schema=OFF: a view may not call what a query may.
-        with pytest.raises(sqlite3.Error, match="unsafe use of fts5_source_id"):
-            rows("SELECT * FROM v")
-    connection.close()
-    with pytest.raises(sqlite3.Error, match="not authorized"):  # by the authorizer
-        rows("CREATE TEMP TABLE t (a)")
+    file, writing = str(database / "pets" / "pets.sqlite"), "INSERT INTO pet VALUES ('x', 1)"
+    for query in ("CREATE TEMP TABLE t (a)", writing):
+        with pytest.raises(sqlite3.Error, match="not authorized"):  # by the authorizer
+            sql.query(file, query)
     monkeypatch.setattr(sql, "ACTIONS", set(range(100)))
-    # query_only=ON: a temporary table lies in no file that mode=ro opens.
-    for query in ("CREATE TEMP TABLE t (a)", "INSERT INTO pet VALUES ('x', 1)"):
-        with pytest.raises(sqlite3.Error, match="readonly"):
-            rows(query)
+    with pytest.raises(sqlite3.Error, match="readonly"):  # mode=ro
+        sql.query(file, writing)
 
 
 def test_reading_a_database_with_a_write_ahead_log_leaves_no_file(database, run):
@@ -156,14 +137,14 @@ def test_an_endless_query_is_stopped(run, what):
         "SELECT length(printf('%.*c', 2000000000, 'x'))",
     ],
 )
-def test_one_step_that_takes_long_is_ended_by_the_kernel(run, query):
+def test_one_step_that_takes_long_is_ended(run, query):
     """SQLite looks at the clock only between steps: left alone, these take ten seconds and more."""
     began = time.monotonic()
     try:
         run(query, 0.1)
     except sqlite3.Error as e:
         assert "interrupted" in str(e) or "too big" in str(e)
-    assert time.monotonic() - began < 10  # 2 s of CPU, on a machine that does other things too
+    assert time.monotonic() - began < 5
 
 
 @pytest.mark.parametrize(
@@ -197,7 +178,7 @@ def test_an_endless_result_is_not_parsed(run, monkeypatch):
     for query, error in ((ENDLESS + "n FROM t", "interrupted"), (overflow, "overflow")):
         with pytest.raises(sqlite3.Error, match=error):
             run(query, 0.3)
-    assert [loads(line)[:11] for line in parsed] == ["interrupted", "integer ove"]
+    assert [loads(line) for line in parsed] == ["integer overflow"]
 
 
 def test_a_large_result_is_stopped(run, monkeypatch):
@@ -221,7 +202,7 @@ def test_queries_that_only_read_work(run):
     values = "1.5, x'00ff', NULL, 9223372036854775807, 'é' || char(10, 0), 1e999, -0.1, ''"
     kept = (1.5, b"\x00\xff", None, 2**63 - 1, "é\n\0", float("inf"), -0.1, "")
     assert run(f"SELECT {values}") == [kept]
-    assert run("SELECT 1 WHERE 0") == [] and run("SELECT 1", float("inf")) == [(1,)]
+    assert run("SELECT 1 WHERE 0") == []
 
 
 @pytest.mark.parametrize(
@@ -237,48 +218,10 @@ def test_queries_that_only_read_work(run):
         ("SELECT ';' FROM t; DROP TABLE t", "SELECT ';' FROM t"),
         ("SELECT `a;b` -- c;\nFROM t; x", "SELECT `a;b` -- c;\nFROM t"),
         ("SELECT 1 /* ; not closed", "SELECT 1 /* ; not closed"),
+        ("SELECT 1; -- it's;", "SELECT 1"),
         ("", ""),
         (";", ""),
     ],
 )
 def test_first_statement(text, statement):
     assert sql.first_statement(text) == statement
-
-
-ORDERED = [
-    "SELECT a FROM t ORDER BY a",
-    "select a from t order\n by a limit 3",
-    "SELECT a FROM t WHERE b = ')' ORDER BY (a)",
-    "SELECT a FROM t WHERE b IN (SELECT b FROM u WHERE c = '(' ORDER BY b) ORDER BY a",
-    "SELECT a FROM t UNION SELECT b FROM u ORDER BY 1",
-]
-UNORDERED = [
-    "SELECT a FROM t",
-    "SELECT a FROM (SELECT a FROM t ORDER BY a LIMIT 3)",
-    "SELECT a FROM t WHERE b = ' order by '",
-    "SELECT a FROM t WHERE b = 'it''s order by x'",
-    'SELECT "order by" FROM t',
-    "SELECT [order by] FROM t",
-    "SELECT a FROM t -- order by a",
-    "SELECT a /* order by */ FROM t",
-    "SELECT a FROM t /* ORDER BY a",
-    "SELECT row_number() OVER (ORDER BY a) FROM t",
-    "SELECT reorder, byte FROM t",
-]
-
-
-def test_order_matters_if_the_query_orders():
-    assert [query for query in ORDERED + UNORDERED if sql.is_ordered(query)] == ORDERED
-
-
-PIECES = ["(", ")", " order by ", "order", " by ", "'it''s'", "')'", '"(a"', "[(]", "`)`"]
-
-
-@settings(deadline=None)
-@given(st.lists(st.sampled_from([*PIECES, "/*)*/", "--(\n", "x"])).map("".join))
-def test_order_is_that_after_removing_the_innermost_parentheses_again_and_again(text):
-    quoted = r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"
-    bare, inner = re.sub(quoted, " x ", text, flags=re.DOTALL), None
-    while bare != inner:
-        bare, inner = re.sub(r"\([^()]*\)", " ", bare), bare
-    assert sql.is_ordered(text) == bool(re.search(r"\border\s+by\b", bare, re.IGNORECASE))

@@ -73,53 +73,16 @@ def test_splitting_is_exact_and_only_blank_space_goes(text, form):
         assert part and part == part.strip() and "\r" not in part
         assert all(map(str.strip, part.split("\n")))
         assert form == "paragraphs" or "\n" not in part
-    # What a training script finds with a plain split. A second conversion changes nothing.
-    joined = steps.convert(text, form)
+    # What a training script finds with a plain split.
+    joined = "\n\n".join(parts)
     assert joined.split("\n\n") == steps.split_steps(joined, "paragraphs") == parts
-    assert steps.convert(joined, "paragraphs") == joined
 
 
-@given(st.lists(LINES), NUMBERS, FORMATS, st.booleans(), st.sampled_from(["", "\n", " \r\n"]))
-def test_the_final_answer_is_the_last_step_with_its_number(lines, number, form, drop, end):
+@given(st.lists(LINES), NUMBERS, FORMATS, st.sampled_from(["", "\n", " \r\n"]))
+def test_the_final_answer_is_the_last_step_with_its_number(lines, number, form, end):
     separator = "\n" if form == "lines" else "\n\n"
     text = separator.join([*lines, f"#### {number}"]) + end
-    last = steps.convert(text, form, drop).split("\n\n")[-1]
-    assert last == f"#### {number}" and steps.FINAL_ANSWER.search(last)
-
-
-@pytest.mark.parametrize(
-    "last, final",
-    [
-        ("#### 72", True),
-        ("so it is\n####72", True),
-        (r"It is \boxed{72}.", True),
-        ("72", False),
-        ("####", False),
-        ("#### 72\nis it", False),
-        ("so #### 72", False),
-    ],
-)
-def test_what_counts_as_a_final_answer(last, final):
-    assert bool(steps.FINAL_ANSWER.search(last)) == final
-
-
-CLEAN_CLIPS = "Natalia sold 48/2 = 24 clips in May.\n\nThat is 48+24 = 72 altogether.\n\n#### 72"
-
-
-@pytest.mark.parametrize(
-    "form, answer, expected",
-    [
-        ("lines", CLIPS, CLEAN_CLIPS),
-        ("lines", "a\n<<1+1=2>>\nb <<3>2=1>>", "a\n\nb"),
-        ("lines", "1 << 2\n4 >> 1", "1 << 2\n\n4 >> 1"),
-        ("paragraphs", "a\n<<1+1=2>>\nb\n\n<<1=1>>\n\nc", "a\nb\n\nc"),
-    ],
-)
-def test_calculators_go_only_when_asked(form, answer, expected):
-    assert steps.convert(answer, form, drop=True) == expected
-    kept = steps.convert(answer, form)
-    assert kept.split("\n\n") == steps.split_steps(answer, form)
-    assert kept.count("<<") == answer.count("<<")
+    assert steps.split_steps(text, form)[-1] == f"#### {number}"
 
 
 # ---- runs
@@ -140,7 +103,7 @@ def test_a_run_on_gsm8k(tmp_path, capsys):
     assert [obj["messages"][:-1] for obj in objects] == questions
     assert capsys.readouterr().out == (
         f"wrote {out}: 4 examples, 2.00 steps on average; 1 have fewer than two (no JEPA term), "
-        "2 no final answer\n"
+        "0 left out by --min_steps\n"
     )
     assert list(out.parent.iterdir()) == [out] and len(read_jsonl(out)) == 4
 
@@ -151,10 +114,8 @@ def test_flags_of_a_run(tmp_path, capsys):
     assert answers(make(tmp_path, *lines, flags=flags)) == ["alone\nstill\n\nsecond"]
     assert (
         "1 examples, 2.00 steps on average; 0 have fewer than two (no JEPA term), "
-        "1 no final answer; 2 left out by --min_steps"
+        "2 left out by --min_steps"
     ) in capsys.readouterr().out
-    (tmp_path / "made" / "out.jsonl").unlink()
-    assert "<<" not in answers(make(tmp_path, *lines, flags=["--drop_calculators"]))[0]
 
 
 @pytest.mark.parametrize(
@@ -167,14 +128,9 @@ def test_flags_of_a_run(tmp_path, capsys):
         ),
         ([message(CLIPS), "", message(" \n")], [], "IN, line 3: assistant is empty; mend it"),
         (
-            ["", message(CLIPS), "", message("<<1=1>>\n<<2=2>>")],
-            ["--drop_calculators"],
-            "IN, line 4: assistant holds nothing but calculator annotations; mend it",
-        ),
-        (
             ["", {"paraphrases": ["a", "b"]}],
             [],
-            "IN, line 2: paraphrases have no steps; give messages",
+            "IN: paraphrases have no steps; give messages",
         ),
         (
             [message(CLIPS), {"paraphrases": ["a", "b"]}],
@@ -182,7 +138,6 @@ def test_flags_of_a_run(tmp_path, capsys):
             "IN, line 2: paraphrases among lines of the other kind; make",
         ),
         ([message(CLIPS)], ["--min_steps", "4"], "IN: no answer has 4 steps; lower --min_steps"),
-        ([message(CLIPS)], ["--min_steps", "0"], "--min_steps 0: must be at least 1"),
         ([], [], "IN holds no usable line"),
     ],
 )
@@ -196,11 +151,9 @@ def test_errors_name_the_line_and_write_nothing(tmp_path, lines, flags, error):
 
 
 def test_bad_lines_are_skipped_by_name(tmp_path, capsys):
-    lines = ["x", message(CLIPS), message("<<1=1>>"), message("a\nb")]
-    assert len(make(tmp_path, *lines, flags=["--drop_calculators", "--bad", "skip"])) == 2
-    said = capsys.readouterr().err
-    assert "in.jsonl, line 1: skipped: not JSON" in said
-    assert "in.jsonl, line 3: skipped: assistant holds nothing but" in said
+    lines = ["x", message(CLIPS), message("a\nb")]
+    assert len(make(tmp_path, *lines, flags=["--bad", "skip"])) == 2
+    assert "in.jsonl, line 1: skipped: not JSON" in capsys.readouterr().err
 
 
 def test_files_that_exist_or_cannot_be_written(tmp_path, monkeypatch):

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from databases import make_pets
-from nanojepa.eval.sql import first_statement, is_ordered
+from nanojepa.eval import tasks
+from nanojepa.eval.sql import first_statement
 from nanojepa.eval.tasks import (
-    Databases,
     Question,
     answer_of,
     is_right,
-    normalise,
     number_after_hashes,
+    plain_words,
     read_questions,
 )
 
@@ -106,10 +106,7 @@ def test_long_texts_are_judged_in_linear_time():
     n, began = 10**6, time.monotonic()
     assert number_after_hashes("#### " + " " * n + "x", 0) is None
     assert number_after_hashes("#### " + " " * n + "7", 0) == 7
-    assert is_ordered("SELECT " + "(" * n + "1" + ")" * n + " ORDER BY 1")
-    assert not is_ordered("(" * n + "ORDER BY 1" + ")" * n)
-    for mark in ("[", "'", '"', "`", "/*", "/*/", "('"):
-        is_ordered(mark * (n // len(mark)))
+    for mark in ("[", "'", '"', "`", "/*", "/*/", "('", "';", "[;", ";"):
         first_statement(mark * (n // len(mark)))
     assert time.monotonic() - began < 10
 
@@ -130,8 +127,10 @@ def test_long_texts_are_judged_in_linear_time():
         ("Par is", "Paris", False),
         ("Paris", "Paris France", False),
         ("", "Paris", False),
-        ("the", "The", False),
-        ("anything", "The", False),
+        ("vitamin A", "A", True),
+        ("vitamin B", "A", False),
+        ("The The", "the the", True),
+        ("The Beatles", "The The", False),
         ("?!", "...", False),
         ("x", "y; ; z", False),
     ],
@@ -152,11 +151,10 @@ def test_nq_open_prefers_the_answers_of_the_line():
 @settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1), st.text())
 def test_an_empty_generation_answers_nothing_and_a_quoted_answer_is_found(answers, around):
-    for empty in ("", " \n", "the", "."):
+    for empty in ("", " \n", "."):
         assert not is_right("nq_open", empty, answers)
-    normal = normalise(answers[0])
-    assert normalise(normal) == normal
-    assert is_right("nq_open", f"{around} {answers[0]} {around}", answers[:1]) == bool(normal)
+    quoted = is_right("nq_open", f"{around} {answers[0]} {around}", answers[:1])
+    assert quoted == bool(plain_words(answers[0]))
 
 
 def test_the_letter_of_a_choice():
@@ -170,10 +168,10 @@ def test_the_letter_of_a_choice():
 # ---- SQL
 
 
-def test_spider_compares_results(database):
-    def gives(text, target, timeout=5.0):
+def test_spider_compares_results(database, monkeypatch):
+    def gives(text, target):
         wanted = question("spider", target, db_id="pets")
-        return is_right("spider", text, answer_of(wanted, Databases(database, timeout)))
+        return is_right("spider", text, answer_of(wanted, database))
 
     young = "SELECT name, age FROM pet WHERE age < 9"
     assert gives(f"```sql\n{young} ORDER BY age DESC;\n```", young)  # in any order
@@ -189,7 +187,8 @@ def test_spider_compares_results(database):
     # What has no result at all doesn't equal an empty one.
     assert not any(gives(text, none) for text in ("", "-- no", "DELETE FROM pet"))
     endless = "WITH RECURSIVE t(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM t) SELECT n FROM t"
-    assert not gives(endless, young, 0.2)
+    monkeypatch.setattr(tasks, "SQL_SECONDS", 1.0)
+    assert not gives(endless, young)
 
 
 NO_NAMES = ("../pets", "..", ".", "", "/etc", "pets/../pets", None, 5, ["pets"])
@@ -207,7 +206,7 @@ NO_NAMES = ("../pets", "..", ".", "", "/etc", "pets/../pets", None, 5, ["pets"])
 )
 def test_spider_lines_that_cannot_be_judged(database, keys, target, message):
     with pytest.raises(ValueError, match=message) as e:
-        answer_of(question("spider", target, **keys), Databases(database))
+        answer_of(question("spider", target, **keys), database)
     assert "\n" not in str(e.value) and len(str(e.value)) < 500
 
 

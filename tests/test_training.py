@@ -1,6 +1,7 @@
 """The training step really used: its graphs, its sums, its schedule, its optimizers."""
 
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from conftest import (
     shake,
     train_in_process,
     train_run,
+    with_loss,
 )
 from model import GPT, Linear
 from nanojepa.device import Clock
@@ -58,7 +60,7 @@ class GraphRecorder:
 def record_graphs(run):
     """Let a Run's training loss be captured; returns the recorder."""
     recorder = GraphRecorder()
-    run.loss_fn = recorder.compile(train_gpt.training_loss)
+    with_loss(run, recorder.compile(train_gpt.training_loss))
     return recorder
 
 
@@ -137,10 +139,16 @@ def test_ratio_drops_the_term_from_whole_steps(data_path):
 
 def test_warm_up_leaves_no_trace(data_path):
     late = dict(jepa_lambda=0.1, jepa_start_frac=0.5, jepa_predictor="linear", diag_every=5)
-    cold = train_in_process(data_path, **late, skip_sigma=3.0)
-    run = make_run(data_path, **late, skip_sigma=3.0)
+    cold = train_in_process(data_path, **late)
+    run = make_run(data_path, **late)
     train_gpt.warm_up(run)
     assert train_run(run).rows == cold.rows
+
+
+def test_a_run_that_reaches_its_target_ends_with_its_own_diagnostics(data_path):
+    settings = dict(jepa_lambda=0.1, val_loss_every=3, diag_every=100, target_val_loss=1e9)
+    log = train_in_process(data_path, **settings)
+    assert [step for step, values in log.rows if "grad_ratio" in values] == [0, 3]
 
 
 # ---- what a step computes
@@ -150,7 +158,8 @@ def drawn_spans(run, step, idx):
     """(a-1, b, start, end, weight) of the rows of a step, places counted through all rows."""
     rng = StepRandom(run.cfg.seed, step, torch.arange(len(idx)), len(idx))
     batch = run.data.read(step, run.share).batches[0]
-    drawn = run.objective.draw(replace(batch, idx=idx), rng)
+    document = (idx == run.data.doc_token).cumsum(1)
+    drawn = run.objective.draw(replace(batch, idx=idx, document=document), rng)
     return *drawn["places"], drawn["weight"]
 
 
@@ -281,18 +290,15 @@ def test_a_cpu_run_calls_nothing_of_cuda(data_path, monkeypatch):
 # ---- a new objective is a class and a line in the table
 
 
-class Toy(Objective):
-    """Pull h[t] towards h[t-1]."""
+def readme_objective():
+    """The class in the README's Python block."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    names = {}
+    exec(code, names)
+    return names["Later"]
 
-    def layout(self, texts):
-        ends = [((n, 0), (n, len(d.trunk) - 1)) for n, d in enumerate(texts.documents)]
-        return super().layout(replace(texts, regions=ends))
 
-    def draw(self, batch, rng):
-        return {"weight": torch.ones(len(batch.idx), batch.idx.size(1) - 1)}
-
-    def views(self, lm, batch, states, drawn):
-        return Views(self.predict(states[:, 1:].float()), states[:, :-1].float())
+Toy = readme_objective()
 
 
 class ToySecondPass(Objective):
@@ -308,14 +314,25 @@ class ToySecondPass(Objective):
         return ((states - other).square().mean(-1) * drawn["weight"]).sum()
 
 
+class ToyNext(Objective):
+    """The state and the next token's embedding predict the next state."""
+
+    def draw(self, batch, rng):
+        return {"weight": batch.follows(1).float()}
+
+    def views(self, lm, batch, states, drawn):
+        return Views(states[:, :-1] + lm.embed(batch.idx[:, 1:]), states[:, 1:].detach())
+
+
 @pytest.fixture
 def toys(monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "next", ToyNext)
     monkeypatch.setitem(OBJECTIVES, "toy", Toy)
     monkeypatch.setitem(OBJECTIVES, "second_pass", ToySecondPass)
 
 
 @pytest.mark.parametrize("kind", ["text", "pairs"])
-@pytest.mark.parametrize("name", ["toy", "second_pass"])
+@pytest.mark.parametrize("name", ["toy", "second_pass", "next"])
 def test_a_toy_objective_trains_with_accumulation_and_diagnostics(
     toys, data_path, folders, kind, name
 ):
@@ -325,22 +342,36 @@ def test_a_toy_objective_trains_with_accumulation_and_diagnostics(
     for curve in ("train_loss", "jepa_loss", "grad_ratio"):
         # float32 sums in another order, 20 steps of Muon apart
         expected = pytest.approx(runs[1].curve(curve), rel=2e-3)
-        if kind == "text":
+        if kind == "text" or name != "second_pass":  # which counts the filler of packed rows
             assert runs[0].curve(curve) == expected
     assert runs[0].curve("jepa_loss")[-1] < runs[0].curve("jepa_loss")[0]
     numbers = [values for _, values in runs[0].rows if "grad_ratio" in values][-1]
     assert numbers["grad_ratio"] > 0
-    assert ("jepa_shuffled" in numbers) == (name == "toy")
+    assert ("jepa_shuffled" in numbers) == (name != "second_pass")
 
 
-def test_the_toy_s_term_is_its_definition(toys, data_path):
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_the_toy_s_term_is_its_definition(toys, data_path, folders, kind):
+    """Of text inside document fragments, of pairs over the trunks, each encoded alone."""
+    path = data_path if kind == "text" else folders["pairs"]
     settings = dict(jepa_objective="toy", jepa_lambda=0.5, jepa_predictor="linear")
-    run = keep_gradients(shake(make_run(data_path, **settings, grad_accum_steps=2)))
+    run = keep_gradients(shake(make_run(path, **settings, train_seq_len=32, grad_accum_steps=2)))
+    distances, data = [], run.data
+    if kind == "text":
+        idx, _ = data.rows(1, run.share.rows, 0, run.share.rows)
+        documents = [row.tolist() for row in idx]
+    else:
+        views = [data.sets["train"].views(e) for e in data.examples_of(1)]
+        documents = [d.trunk for v in views for d in data.layout(v, None).documents]
+    for tokens in documents:
+        _, h = run.model._run_blocks(torch.tensor([tokens]), -1)
+        for t in range(len(tokens) - 4):
+            if kind == "pairs" or data.doc_token not in tokens[t + 1 : t + 5]:
+                u = run.objective.predictor(h[0, t])
+                distances.append(1 - F.cosine_similarity(u, h[0, t + 4], dim=0))
     found = train_gpt.training_step(run, 1, 0.0, 0.5).term.item()
-    idx, _ = run.data.rows(1, run.share.rows, 0, run.share.rows)
-    _, h = run.model._run_blocks(idx, -1)
-    slow = [1 - F.cosine_similarity(row[t], row[t - 1], dim=0) for row in h for t in range(1, 32)]
-    assert found == pytest.approx(torch.stack(slow).mean().item(), rel=1e-5)
+    # float32 sums in another order
+    assert found == pytest.approx(torch.stack(distances).mean().item(), rel=1e-4)
 
 
 TOY_LAUNCHER = """
@@ -371,7 +402,8 @@ def test_a_toy_objective_on_two_ranks_equals_one(toys, data_path, run_id, tmp_pa
     settings = {k: v for k, v in settings.items() if k not in TINY and k != "data_path"}
     one = train_in_process(data_path, **settings)
     two = [row["jepa_loss"] for row in metrics_of(run_id) if "jepa_loss" in row]
-    assert two == pytest.approx(one.curve("jepa_loss"), rel=2e-4)
+    # 1 - cos has an absolute rounding error, and the term falls to 0.005.
+    assert two == pytest.approx(one.curve("jepa_loss"), rel=2e-4, abs=1e-5)
 
 
 # ---- the loop
@@ -438,7 +470,7 @@ def test_diagnostics_against_gradients_written_out(data_path):
     run = make_run(data_path, jepa_lambda=0.7, jepa_spans=2, grad_accum_steps=2, diag_every=3)
     shake(run)
     before = {name: w.clone() for name, w in run.model.state_dict().items()}
-    numbers = diagnose(run, 5)
+    numbers = diagnose(run, 5, train_gpt.training_loss)
     assert all(torch.equal(w, before[name]) for name, w in run.model.state_dict().items())
     assert all(p.grad is None for p in run.model.parameters())
 
@@ -499,7 +531,7 @@ def test_a_model_of_constant_states_is_warned_of(data_path):
     with torch.no_grad():
         embedding = run.model.embed.weight
         embedding.copy_(embedding[:1].expand_as(embedding))
-    numbers = diagnose(run, 0)
+    numbers = diagnose(run, 0, train_gpt.training_loss)
     assert numbers["effective_rank"] == pytest.approx(1, abs=1e-4)
     assert numbers["state_cosine"] == pytest.approx(1, abs=1e-4)
     assert numbers["jepa_matched"] == numbers["jepa_shuffled"]
@@ -516,7 +548,7 @@ def test_states_that_are_not_finite_stop_the_run_in_one_line(data_path):
     with torch.no_grad():
         run.model.blocks[0].fc.weight.fill_(math.nan)
     with pytest.raises(ValueError, match="non-finite states at step 7: lower the learning rates"):
-        diagnose(run, 7)
+        diagnose(run, 7, train_gpt.training_loss)
 
 
 # ---- optimizers

@@ -1,11 +1,10 @@
 """What a Hugging Face model answers to questions: greedy texts, and choices among letters."""
 
 import math
-from typing import NamedTuple
 
 import torch
 
-from nanojepa.eval.tasks import LETTERS, TASKS, Question
+from nanojepa.eval.tasks import LETTERS, TASKS
 from nanojepa.files import progress
 
 
@@ -30,8 +29,8 @@ def generate(model, chat, prompts, limit, **options):
     )
 
 
-def letter_probabilities(model, chat, prompts):
-    """How likely each of LETTERS continues a prompt, relative to the others: (N, 4) on the CPU."""
+def choose_letters(model, chat, prompts):
+    """For each prompt, which of LETTERS is the likeliest to continue it."""
     letters = [chat.encode(letter)[0] for letter in LETTERS]
     if len(set(letters)) < len(letters):
         raise ValueError(
@@ -39,7 +38,7 @@ def letter_probabilities(model, chat, prompts):
             "model can't choose; use another task, such as exact"
         )
     output = generate(model, chat, prompts, 1, output_logits=True, return_dict_in_generate=True)
-    return output.logits[0][:, letters].float().softmax(-1).cpu()
+    return [LETTERS[best] for best in output.logits[0][:, letters].argmax(-1).tolist()]
 
 
 def text_of(chat, tokens):
@@ -52,15 +51,9 @@ def text_of(chat, tokens):
     )
 
 
-class Prediction(NamedTuple):
-    question: Question
-    text: str
-    likely: torch.Tensor | None = None  # the probability of each letter, if the task chooses
-
-
 @torch.no_grad()
 def predict(model, chat, questions, tokens, batch_size):
-    """Yield lists of Predictions, a batch at a time, the longest prompts first."""
+    """Yield (questions, the model's texts), a batch at a time, the longest prompts first."""
     prompts = {q.line: chat.prompt(q.system, q.user) for q in questions}
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for line, prompt in prompts.items():
@@ -75,11 +68,8 @@ def predict(model, chat, questions, tokens, batch_size):
     for batch in progress(batches, "evaluating"):
         inputs = [prompts[q.line] for q in batch]
         if TASKS[batch[0].task].chooses:
-            likely = letter_probabilities(model, chat, inputs)
-            texts = [LETTERS[row.argmax()] for row in likely]
-            yield [Prediction(*both) for both in zip(batch, texts, likely, strict=True)]
+            yield batch, choose_letters(model, chat, inputs)
         else:
             longest = max(map(len, inputs))
             new = generate(model, chat, inputs, min(tokens, window - longest))[:, longest:]
-            texts = [text_of(chat, row) for row in new.tolist()]
-            yield [Prediction(*both) for both in zip(batch, texts, strict=True)]
+            yield batch, [text_of(chat, row) for row in new.tolist()]

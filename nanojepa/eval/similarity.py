@@ -1,16 +1,49 @@
-"""How alike views are that belong together: statistics, and a picture.
+"""How alike views are that belong together: encoding them, statistics, and a picture.
 
 Shapes: N pairs of views, D width.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
+from nanojepa.files import progress
+from nanojepa.objectives import StepRandom
+from nanojepa.packing import pack_rows
+
 QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 SINGULAR_VALUES = 100  # at most, the largest
 DRAWN_PAIRS, DRAWN_LINES = 1000, 100
+
+
+class EncodedViews(NamedTuple):
+    """View A and view B (N, D) on the CPU, and the number of each pair's example (N,)."""
+
+    u: torch.Tensor
+    v: torch.Tensor
+    group: torch.Tensor
+
+
+@torch.no_grad()
+def states_of_views(lm, objective, examples, filler, batch_size):
+    """The EncodedViews that an objective compares in these Examples; lm: as its views() takes it.
+
+    filler: the token that fills rows.
+    """
+    found, device = [], next(lm.model.parameters()).device
+    for first in progress(range(0, len(examples), batch_size), "encoding"):
+        batch = pack_rows(examples[first : first + batch_size], filler)
+        group = first + batch.group[batch.weight > 0]
+        batch.drawn = objective.draw(batch, StepRandom(0, 0, batch.items, batch.total_items))
+        batch = batch.to(device)
+        states = lm.states(batch.idx, batch.positions, batch.ends)
+        views = objective.predicted_views(lm, batch, states, batch.drawn)
+        counted = batch.drawn["weight"] > 0
+        found.append((views.u[counted].cpu(), views.v[counted].cpu(), group))
+    return EncodedViews(*map(torch.cat, zip(*found, strict=True)))
 
 
 def compare_views(u, v, group):

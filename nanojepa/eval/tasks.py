@@ -14,12 +14,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from nanojepa.eval.sql import first_statement, is_ordered, run_sql
-from nanojepa.files import json_lines
+from nanojepa.eval.sql import first_statement, run_sql
+from nanojepa.files import numbered_lines, parse_line
 from nanojepa.records import read_jsonl
 
 LETTERS = "ABCD"
 ARTICLES = ("a", "an", "the")
+SQL_SECONDS = 10.0  # that a query may take
 
 
 class Question(NamedTuple):
@@ -33,25 +34,18 @@ class Question(NamedTuple):
     keys: dict
 
 
-class Databases(NamedTuple):
-    """Where databases lie, <folder>/<name>/<name>.sqlite, and the seconds that a query may take."""
-
-    folder: str | None = None
-    timeout: float = 10.0
-
-
 class Query(NamedTuple):
     """What a query must give: these rows of this database, in this order or in any."""
 
     file: Path
     rows: list
     ordered: bool
-    timeout: float
 
 
 class Task(NamedTuple):
     """answer(question, databases): what texts are compared with; ValueError if there is none.
 
+    databases: the folder of <name>/<name>.sqlite, or None.
     is_right(text, answer): whether a text without whitespace at its ends gives that answer.
     chooses: the likeliest of LETTERS is the text, and nothing is generated.
     """
@@ -68,9 +62,9 @@ def read_questions(path, task=None, bad="stop"):
         raise ValueError(
             f"{path} holds groups of paraphrases; an accuracy needs messages; choose similarity"
         )
-    loads, questions = dict(json_lines(path)), []
+    lines, questions = dict(numbered_lines(path)), []
     for record in records:
-        keys = loads[record.line]()
+        keys = parse_line(lines[record.line])
         name = task or keys.get("task")
         if name is None or not isinstance(name, str) or name not in TASKS:
             what = "no task" if name is None else f"unknown task {reprlib.repr(name)}"
@@ -90,7 +84,7 @@ def answer_of(question, databases=None):
             "nothing is left of the assistant's text; mend the line, or set remove_thinking: false "
             "in the model's config.yaml"
         )
-    return TASKS[question.task].answer(question._replace(target=target), databases or Databases())
+    return TASKS[question.task].answer(question._replace(target=target), databases)
 
 
 def is_right(task, text, answer):
@@ -153,14 +147,24 @@ def short_answers(question, databases):
 
 def says_one(text, answers):
     """Whether one of the answers stands in the text as whole words."""
-    said = f" {normalise(text)} "
-    return any(f" {known} " in said for known in map(normalise, answers) if known)
+    return any(stands_in(answer, text) for answer in answers)
+
+
+def stands_in(answer, text):
+    known, said = normalise(answer), normalise(text)
+    if not known:  # there are answers of nothing but an article: vitamin A
+        known, said = plain_words(answer), plain_words(text)
+    return bool(known) and f" {' '.join(known)} " in f" {' '.join(said)} "
 
 
 def normalise(text):
-    """Lower case, no punctuation, no articles, single spaces: as in SQuAD's and NQ's evaluation."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(word for word in text.split() if word not in ARTICLES)
+    """The words of a text without articles: as in SQuAD's and NQ's evaluation."""
+    return [word for word in plain_words(text) if word not in ARTICLES]
+
+
+def plain_words(text):
+    """The words of a text in lower case, without punctuation."""
+    return "".join(c for c in text.lower() if c not in string.punctuation).split()
 
 
 # ---- a letter
@@ -185,26 +189,24 @@ def query_of(question, databases):
     # It is a name, and no path that leads elsewhere.
     if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise ValueError('no "db_id", the name of a database; mend the line')
-    if databases.folder is None:
+    if databases is None:
         raise ValueError(
             "its task is spider; give --databases, the folder with <db_id>/<db_id>.sqlite"
         )
-    file, sql = Path(databases.folder) / name / f"{name}.sqlite", first_statement(question.target)
+    file, sql = Path(databases) / name / f"{name}.sqlite", first_statement(question.target)
     if not os.path.isfile(file):  # unlike Path's, it raises nothing if the name is too long
         raise ValueError(f"no database {str(file)[:300]!r}; check --databases")
     try:
-        rows = run_sql(file, sql, databases.timeout)
+        rows = run_sql(file, sql, SQL_SECONDS)
     except sqlite3.Error as e:
-        raise ValueError(
-            f"its SQL fails on {file} ({e}); mend the line, or raise --sql_timeout"
-        ) from None
-    return Query(file, rows, is_ordered(sql), databases.timeout)
+        raise ValueError(f"its SQL fails on {file} ({e}); mend the line") from None
+    return Query(file, rows, "order by" in " ".join(sql.lower().split()))  # Spider's own rule
 
 
 def has_result(text, wanted):
     """Whether the text's SQL has the wanted result, a row as often as there."""
     try:
-        rows = run_sql(wanted.file, first_statement(text), wanted.timeout)
+        rows = run_sql(wanted.file, first_statement(text), SQL_SECONDS)
     except sqlite3.Error:
         return False
     return rows == wanted.rows if wanted.ordered else Counter(rows) == Counter(wanted.rows)

@@ -17,40 +17,31 @@ from jinja2 import TemplateError
 # Private-use characters, which no template trims or splits.
 PLACEHOLDER = "\ue000{}\ue001"
 PLACEHOLDERS = re.compile("\ue000(\\d+)\ue001")
-TAG = re.compile("<(think|Thought)>|</?(?:Output|Answer)>")
+# Without a chat template: the texts in lines of their own. A start and an end token come on top.
+PLAIN = "{% for m in messages %}{{ m.content }}{{ '\n' if m.role != 'assistant' }}{% endfor %}"
 
 
 def remove_thinking(text):
-    """The text without <think> and <Thought> passages, and without <Output> and <Answer> tags.
-
-    The time grows with the text's length: a closing tag that is missing is looked for only once.
-    """
-    kept, begin, position, unclosed = [], 0, 0, set()
-    while tag := TAG.search(text, position):
-        position = tag.end()
-        if name := tag[1]:
-            close = -1 if name in unclosed else text.find(f"</{name}>", position)
-            if close < 0:
-                unclosed.add(name)
-                continue
-            position = close + len(f"</{name}>")
-        kept.append(text[begin : tag.start()])
-        begin = position
-    return ("".join(kept) + text[begin:]).strip()
+    """The text without <think> and <Thought> passages, and without <Output> and <Answer> tags."""
+    for name in ("think", "Thought"):
+        # Up to the last closing tag every opening one has its end, so the time is linear.
+        begin, close, rest = text.rpartition(f"</{name}>")
+        text = re.sub(f"<{name}>.*?</{name}>", "", begin + close, flags=re.DOTALL) + rest
+    return re.sub("</?(Output|Answer)>", "", text).strip()
 
 
 class Turns(NamedTuple):
     """The tokens of a conversation.
 
-    user, assistant: the range of tokens that hold each text, None if there is no such message.
-    user_tail, assistant_tail: the template's tokens that close each turn. said: the assistant's
-    text as the template writes it.
+    user, assistant: the range of tokens that hold each text, empty if there is no such message.
+    user_tail, assistant_tail: the tokens that close each turn. said: the assistant's text as the
+    template writes it.
     """
 
     tokens: list
-    user: range | None = None
-    assistant: range | None = None
-    user_tail: tuple = ()
+    user: range
+    user_tail: list
+    assistant: range = range(0)
     assistant_tail: tuple = ()
     said: str = ""
 
@@ -89,34 +80,40 @@ class Chat:
             )
         eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
         self.start = eos if bos is None else bos
+        self.before_all = [self.start] if plain else []  # a template writes its own
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(n for n, token in added if token.special)}
-        self.takes_system = not plain and self.has_system_role()
-        self.end = self.conversation(None, "u", "a").assistant_tail[-1]
+        self.closing = self.pieces([("user", "u")]).own[-1]  # of the user's turn
+        self.takes_system = self.has_system_role()
+        self.end = self.conversation(None, "u", "a").tokens[-1]
         self.stop_tokens = sorted({self.end, eos})
-        self.prompt_differs = not plain and self.prompt(None, "u") != self.generation_prompt("u")
+        asked = self.apply(["user"], ["u"], add_generation_prompt=True)
+        self.prompt_differs = self.prompt(None, "u") != [*self.before_all, *self.encode(asked)]
 
     def encode(self, text):
         """The tokens of a text, without any special ones around it."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def encode_places(self, text, spans):
+    def encode_places(self, text, spans, before=()):
         """The tokens of a text, and for each (start, stop) of its characters their tokens' range.
 
-        A token that holds characters on both sides of a boundary belongs to both.
+        A token that holds characters on both sides of a boundary belongs to both. before: tokens
+        that precede the text's.
         """
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         places = []
         for start, stop in spans:
-            offsets = enumerate(encoding["offset_mapping"])
+            offsets = enumerate(encoding["offset_mapping"], len(before))
             held = [n for n, (first, end) in offsets if first < stop and end > start]
             places.append(range(held[0], held[-1] + 1) if held else range(0))
-        return encoding["input_ids"], places
+        return [*before, *encoding["input_ids"]], places
 
     def apply(self, roles, texts, **options):
         """What the template makes of these messages, as text."""
         messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=PLAIN if self.plain else None, tokenize=False, **options
+        )
 
     def pieces(self, messages):
         """The Pieces of (role, text) messages.
@@ -150,88 +147,59 @@ class Chat:
         )
 
     def has_system_role(self):
+        """Whether the template takes a system message."""
         try:
             self.pieces([("system", "s"), ("user", "u"), ("assistant", "a")])
         except ValueError:
             return False
         return True
 
-    def before_assistant(self, system, user):
-        """The (role, text) messages before the assistant's.
+    def turns(self, messages):
+        """The Turns of (role, text) messages. One of the assistant ends with the end token.
+
+        A single message makes a conversation of its own, as LLM-JEPA encodes a view.
+        """
+        own, texts = self.pieces(messages)
+        before, begin, stop = own[0], 0, 0  # all before the assistant's text, the user's in it
+        for (role, _), text, after in zip(messages, texts, own[1:], strict=True):
+            if role == "user":
+                begin, stop = len(before), len(before) + len(text)
+            if role != "assistant":
+                before += text + after
+        tail_stop = stop + len(self.closing)
+        if not before.startswith(self.closing, stop):
+            tail_stop = len(before)
+        tokens, (user, tail) = self.encode_places(
+            before, [(begin, stop), (stop, tail_stop)], self.before_all
+        )
+        # The text's last token may also hold the beginning of the tail.
+        asked = Turns(tokens, user, tokens[user.stop : tail.stop])
+        if messages[-1][0] != "assistant":
+            return asked
+        answer, closing = self.encode(texts[-1]), self.encode(own[-1])
+        ends = [n for n, token in enumerate(closing) if token in self.special]
+        if not ends:
+            closing, ends = [self.tokenizer.eos_token_id], [0]
+        return asked._replace(
+            tokens=[*tokens, *answer, *closing[: ends[0] + 1]],
+            assistant=range(len(tokens), len(tokens) + len(answer)),
+            assistant_tail=closing,
+            said=texts[-1],
+        )
+
+    def conversation(self, system, user, assistant):
+        """The Turns of a whole conversation.
 
         If the template refuses a system message, its text stands at the beginning of the user's.
         """
-        if not system:
-            return [("user", user)]
-        if self.takes_system:
-            return [("system", system), ("user", user)]
-        return [("user", system + ("\n" if self.plain else "\n\n") + user)]
+        messages = [("user", user), ("assistant", assistant)]
+        if system and self.takes_system:
+            messages.insert(0, ("system", system))
+        elif system:
+            messages[0] = ("user", f"{system}\n\n{user}")
+        return self.turns(messages)
 
     def prompt(self, system, user):
         """The tokens from which the assistant's text is generated."""
         turns = self.conversation(system, user, "a")
         return turns.tokens[: turns.assistant[0]]
-
-    def generation_prompt(self, user):
-        """The tokens of the template's own generation prompt."""
-        return self.encode(self.apply(["user"], [user], add_generation_prompt=True))
-
-    def conversation(self, system, user, assistant):
-        """The Turns of a whole conversation; it ends with the end token."""
-        messages = self.before_assistant(system, user)
-        if self.plain:
-            return self.plain_conversation(messages[0][1], assistant)
-        own, texts = self.pieces([*messages, ("assistant", assistant)])
-        begin = len(own[0])
-        if len(messages) == 2:
-            begin += len(texts[0]) + len(own[1])
-        stop = begin + len(texts[-2])
-        before = "".join(itertools.chain(*zip(own[:-1], texts[:-1] + ("",), strict=True)))
-        # What the template writes after the user's text if that is the last, closes its turn.
-        closing = self.pieces(messages).own[-1]
-        tail_stop = stop + len(closing) if own[-2].startswith(closing) else len(before)
-        prompt, (user_place, tail) = self.encode_places(before, [(begin, stop), (stop, tail_stop)])
-        answer, ending = self.encode(texts[-1]), self.ending(own[-1])
-        return Turns(
-            [*prompt, *answer, *ending],
-            user_place,
-            range(len(prompt), len(prompt) + len(answer)),
-            # The text's last token may also hold the beginning of the tail.
-            prompt[user_place.stop : tail.stop],
-            ending,
-            texts[-1],
-        )
-
-    def plain_conversation(self, user, assistant):
-        """The Turns of a conversation without a template."""
-        asked, line_break, answer = map(self.encode, (user, "\n", assistant))
-        before, end = [self.start, *asked, *line_break], [self.tokenizer.eos_token_id]
-        return Turns(
-            [*before, *answer, *end],
-            range(1, 1 + len(asked)),
-            range(len(before), len(before) + len(answer)),
-            line_break,
-            end,
-            assistant,
-        )
-
-    def ending(self, text):
-        """The tokens of the text that closes the assistant's turn, up to the first special one.
-
-        Without a special one, the end token alone.
-        """
-        tokens = self.encode(text)
-        special = [n for n, token in enumerate(tokens) if token in self.special]
-        return tokens[: special[0] + 1] if special else [self.tokenizer.eos_token_id]
-
-    def alone(self, role, text):
-        """The Turns of one message in a conversation of its own, as LLM-JEPA encodes a view.
-
-        role: user or assistant. ValueError if the template refuses it.
-        """
-        own, (written,) = self.pieces([(role, text)])
-        tokens, (place,) = self.encode_places(
-            own[0] + written, [(len(own[0]), len(own[0]) + len(written))]
-        )
-        tail = self.encode(own[1])
-        return Turns([*tokens, *tail], **{role: place, f"{role}_tail": tail})

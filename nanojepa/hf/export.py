@@ -1,15 +1,12 @@
 """Checkpoints and the trained model: sealed folders, written whole and checked when read."""
 
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 
-from transformers import TrainerState
-
-from nanojepa.files import SEAL, check_seal, seal_folder, sync_folder, write_whole
-from nanojepa.hf.model import OBJECTIVE, loading
+from nanojepa.files import SEAL, check_seal, seal_folder, sync_folder
+from nanojepa.hf.model import OBJECTIVE
 from nanojepa.weights import OBJECTIVE_FILE, save_weights
 
 UNFINISHED = "checkpoint.part"
@@ -48,21 +45,11 @@ def find_checkpoint(folder, resume, say):
             "continue, choose another, or remove it"
         )
     if resume and resume != "auto":
-        path = Path(resume)
-        if not path.is_dir():
-            raise ValueError(f"training.resume={path}: no such folder; give a checkpoint, or auto")
-        check_seal(path)
-        if not (path / SEAL).exists():
-            say(f"warning: {path} has no {SEAL}, so a file damaged in it may go unseen")
-        return path
+        check_checkpoint(Path(resume))
+        return Path(resume)
     for path in reversed(found):
         try:
-            if not (path / SEAL).exists():
-                raise ValueError(
-                    f"{path}: no {SEAL}, so it is not finished, or of an older version; "
-                    f"give training.resume: {path} to take it as it is"
-                )
-            check_seal(path)
+            check_checkpoint(path)
             return path
         except ValueError as e:
             say(f"warning: damaged checkpoint: {e}; trying the one before it")
@@ -74,34 +61,14 @@ def find_checkpoint(folder, resume, say):
     return None
 
 
-def step_of(checkpoint):
-    """The step that a checkpoint is of."""
-    file = Path(checkpoint) / "trainer_state.json"
-    with loading(file):
-        step = TrainerState.load_from_json(file).global_step
-        if type(step) is not int:
-            raise ValueError("global_step is no whole number")
-        return step
-
-
-def cut_metrics(log, step):
-    """Leave the lines up to this step in a metrics.jsonl: the others will be written again.
-
-    A kill may have torn the last line, which has no line break then.
-    """
-    if step == 0 or not log.exists():
-        log.unlink(missing_ok=True)
-        return
-    kept = []
-    for number, line in enumerate(log.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise ValueError(
-                f"{log}, line {number}: not JSON with a step; remove the line"
-            ) from None
-    write_whole(log, *kept)
+def check_checkpoint(path):
+    """ValueError if a checkpoint is not whole."""
+    if not (path / SEAL).exists():
+        raise ValueError(
+            f"{path}: no {SEAL}, so it is no checkpoint, or not a finished one; "
+            "give another training.resume, or auto"
+        )
+    check_seal(path)
 
 
 # ---- the trained model

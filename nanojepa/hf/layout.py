@@ -4,6 +4,7 @@ A record becomes Texts, which know of no objective; the objective makes an Examp
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import multiprocessing
@@ -40,16 +41,17 @@ class Prepared(NamedTuple):
 def lay_out(record, chat, data, objective=None):
     """The Example of a record, or None if max_length leaves no label of it.
 
-    data: the settings of the section dataset. Without an objective there is no term.
+    data: the settings of the section dataset. Without an objective there is no term. ValueError
+    names the record's line.
     """
-    texts = paraphrases(record, chat, data) if is_group(record) else messages(record, chat, data)
-    if texts is None:
-        return None
-    return Example(texts.documents) if objective is None else objective.layout(texts)
-
-
-def is_group(record):
-    return record.kind == "groups"
+    texts_of = paraphrases if record.kind == "groups" else messages
+    try:
+        texts = texts_of(record, chat, data)
+        if texts is None:
+            return None
+        return Example(texts.documents) if objective is None else objective.layout(texts)
+    except ValueError as e:
+        raise ValueError(f"line {record.line}: {e}") from None
 
 
 def paraphrases(record, chat, data):
@@ -100,7 +102,7 @@ def meaning(chat, turns, user, assistant, views):
         answer = turns.tokens[turns.assistant.start : turns.assistant.stop]
         yield a, View([chat.start, *answer], 1, turns.assistant_tail)
         return
-    a, b = chat.alone("user", user), chat.alone("assistant", assistant)
+    a, b = chat.turns([("user", user)]), chat.turns([("assistant", assistant)])
     # A conversation that begins with view A encodes it anyway.
     begins = turns.tokens[: len(a.tokens)] == a.tokens
     yield (
@@ -137,7 +139,7 @@ def read_records(name, data, split, limit):
         records = read_dataset(
             name, data.config_name, split, limit=limit or None, cache_dir=data.cache_dir
         )
-    if is_group(records[0]) and not (data.plain and data.train_all):
+    if records[0].kind == "groups" and not (data.plain and data.train_all):
         raise ValueError(
             f"{name}: paraphrases have no user and assistant; give dataset.plain and train_all "
             "(--plain --trainall)"
@@ -165,18 +167,19 @@ def read_sources(data):
 
 def prepare(source, chat, data, objective=None):
     """The Prepared records of a Source; ValueError names the line of a record that can't be."""
-    task = functools.partial(
-        lay_out_line, name=source.name, chat=chat, data=data, objective=objective
-    )
+    task = functools.partial(lay_out, chat=chat, data=data, objective=objective)
     count = len(source.records)
-    most = data.tokenize_num_proc or min(os.cpu_count(), -(-count // 1000))
-    examples = run_in_processes(
-        task,
-        source.records,
-        min(count, most),
-        data.tokenize_batch_size,
-        f"tokenising {source.name}",
-    )
+    processes = data.tokenize_num_proc or min(os.cpu_count(), -(-count // 1000))
+    laid_out = map(task, source.records)
+    try:
+        with contextlib.ExitStack() as stack:
+            if processes > 1:
+                # The task goes to each process once, not with every chunk: it holds a tokenizer.
+                pool = stack.enter_context(multiprocessing.Pool(processes, set_task, [task]))
+                laid_out = pool.imap(run_task, source.records, data.tokenize_batch_size)
+            examples = list(progress(laid_out, f"tokenising {source.name}", total=count))
+    except ValueError as e:
+        raise ValueError(f"{source.name}, {e}") from None
     kept = [n for n, example in enumerate(examples) if example is not None]
     if not kept:
         raise ValueError(
@@ -185,23 +188,6 @@ def prepare(source, chat, data, objective=None):
         )
     whole = [examples[n] for n in kept]
     return Prepared(whole, kept, summarize(source.name, whole, count - len(kept), data.max_length))
-
-
-def lay_out_line(record, name, **options):
-    try:
-        return lay_out(record, **options)
-    except ValueError as e:
-        raise ValueError(f"{name}, line {record.line}: {e}") from None
-
-
-def run_in_processes(task, items, processes, chunk, desc):
-    """[task(item) for item in items], in this process if `processes` is 1."""
-    if processes == 1:
-        return list(map(task, progress(items, desc)))
-    # The task goes to each process once, not with every chunk: it holds a tokenizer.
-    with multiprocessing.Pool(processes, set_task, [task]) as pool:
-        results = pool.imap(run_task, items, chunk)
-        return list(progress(results, desc, total=len(items)))
 
 
 def set_task(task):

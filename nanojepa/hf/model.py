@@ -21,6 +21,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -37,19 +39,30 @@ OBJECTIVE = "jepa_objective"  # its name in the model
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+class Base(NamedTuple):
+    """What is known of a model before its weights are read.
+
+    preds: the ids of the [PRED] tokens. new: those of them that the tokenizer hadn't before.
+    """
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    preds: list
+    new: list
+
+
 class Loaded(NamedTuple):
-    """A model, its tokenizer, and the objective in it, None without a term."""
+    """A model to be evaluated, and its tokenizer."""
 
     model: torch.nn.Module
-    tokenizer: object
-    objective: torch.nn.Module | None = None
+    tokenizer: PreTrainedTokenizerBase
 
 
 class Sums(NamedTuple):
-    """Of a micro-batch: cross entropy over its labels; the term over its pairs, None without."""
+    """Of a micro-batch: cross entropy over its labels; the term over its pairs, 0 without."""
 
     ce: torch.Tensor
-    term: torch.Tensor | None
+    term: torch.Tensor
 
 
 @contextlib.contextmanager
@@ -65,76 +78,23 @@ def loading(what):
         raise ValueError(f"{what}: cannot be loaded ({one_line(e)})") from None
 
 
-# ---- loading
+# ---- before the weights
 
 
-def load_model(cfg):
-    """The Loaded model of these settings, ready to be trained."""
-    m, t = cfg.model, cfg.training
+def read_base(cfg):
+    """The Base of the model that these settings name; ValueError if it can't be trained."""
+    m, data = cfg.model, cfg.dataset
     check_seal(m.name)
-    options = {"cache_dir": m.cache_dir or None, "trust_remote_code": m.trust_remote_code}
     with loading(f"model.name={m.name}"):
-        tokenizer = AutoTokenizer.from_pretrained(m.name, **options)
-        config = AutoConfig.from_pretrained(m.name, **options)
-        kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
-        attention = choose_attention(kind, m.attn_implementation, cfg.dataset.max_length)
-        options |= {
-            # Weights that are trained are float32; frozen ones need no such precision.
-            "dtype": DTYPES[t.dtype] if m.use_lora and not m.pretrain else torch.float32,
-            "attn_implementation": dense_attention(kind) if attention == FLEX else attention,
-        }
-        if m.pretrain:
-            del options["cache_dir"]
-            model = AutoModelForCausalLM.from_config(config, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(m.name, **options)
-    check_layers(config.get_text_config(), cfg.dataset.max_length + cfg.dataset.predictors)
-    model.config.use_cache = False
-    preds = add_pred_tokens(tokenizer, model, cfg.dataset.predictors)
-    objective = make_objective(cfg, model, preds, m.name)
-    add_losses(model, objective)
-    check_packing(model)
-    if attention == FLEX:
-        # After the check, since it is compiled for the device that trains.
-        model.set_attn_implementation(FLEX)
-    # FSDP2 has activation checkpointing of its own.
-    if cfg.recomputes and not t.fsdp:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if m.use_lora:
-        model = add_lora(model, m.lora_rank, preds, objective)
-    return Loaded(model, tokenizer, objective)
+        tokenizer = AutoTokenizer.from_pretrained(m.name, **loader_options(m))
+        config = AutoConfig.from_pretrained(m.name, **loader_options(m))
+    check_layers(config.get_text_config(), data.max_length + data.predictors)
+    return Base(config, tokenizer, *add_pred_tokens(tokenizer, data.predictors))
 
 
-def open_model(name, dtype, trust_remote_code=False):
-    """The Loaded model of a folder or a name on the hub, to be evaluated.
-
-    A LoRA adapter is merged into its base. The folder's generation settings are left out: they may
-    sample, or punish repetition.
-    """
-    check_seal(name)
-    adapter = (Path(name) / "adapter_config.json").is_file()
-    # peft's class resizes the base's embedding to the tokenizer.
-    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
-    with loading(f"--model {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = model.merge_and_unload() if adapter else model
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    model.generation_config = GenerationConfig()
-    return Loaded(model, tokenizer)
-
-
-def choose_attention(kind, asked, max_length):
-    """The attn_implementation of a class of models."""
-    if asked != "auto":
-        return asked
-    flex = torch.cuda.is_available() and getattr(kind, "_supports_flex_attn", False)
-    # Short rows waste little on a dense mask.
-    return FLEX if flex and max_length > 1024 else dense_attention(kind)
-
-
-def dense_attention(kind):
-    return "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+def loader_options(m):
+    """What every loader of Hugging Face is told; m: the settings of the section model."""
+    return {"cache_dir": m.cache_dir or None, "trust_remote_code": m.trust_remote_code}
 
 
 def check_layers(config, length):
@@ -159,30 +119,91 @@ def check_layers(config, length):
         )
 
 
-def add_pred_tokens(tokenizer, model, count):
-    """The ids of <|predictor_1|>.. <|predictor_count|>.
-
-    A new token's embedding is the mean of all embeddings.
-    """
-    names = pred_names(count)
-    known = tokenizer.get_vocab()
+def add_pred_tokens(tokenizer, count):
+    """The ids of <|predictor_1|>.. <|predictor_count|>, and of those that the tokenizer lacked."""
+    names, known = pred_names(count), tokenizer.get_vocab()
     new = [name for name in names if name not in known]
     tokenizer.add_tokens(
         [AddedToken(name, special=True, normalized=False) for name in new], special_tokens=True
     )
-    ids, new = tokenizer.convert_tokens_to_ids(names), tokenizer.convert_tokens_to_ids(new)
-    if ids and max(ids) >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    if new:
-        with torch.no_grad():
-            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-                table = layer.weight
-                table[new] = table[: min(new)].float().mean(0).to(table.dtype)
-    return ids
+    return tokenizer.convert_tokens_to_ids(names), tokenizer.convert_tokens_to_ids(new)
 
 
 def pred_names(count):
     return [f"<|predictor_{n}|>" for n in range(1, count + 1)]
+
+
+def make_objective(cfg, config, preds, folder):
+    """The Objective that the settings ask for, or None; with the weights that a folder has of it.
+
+    config: the model's. folder: a saved model's.
+    """
+    if not cfg.objective:
+        return None
+    t = cfg.training
+    options = Options(
+        width=config.get_text_config().hidden_size,
+        distance=cfg.distance,
+        normed=False,  # the states have passed the last norm already
+        predictor="linear" if t.linear_predictor else "identity",
+        preds=tuple(preds),
+        front=t.front_pred,
+        reverse=t.reverse_pred,
+        last_token=t.last_token,
+    )
+    objective, file = OBJECTIVES[cfg.objective](options), Path(folder) / OBJECTIVE_FILE
+    if objective.state_dict() and file.is_file():
+        with loading(file):
+            objective.load_state_dict(load_tensors(file))
+    return objective
+
+
+# ---- the weights
+
+
+def load_model(cfg, base, objective):
+    """The model with its objective, ready to be trained."""
+    m, t = cfg.model, cfg.training
+    kind = AutoModelForCausalLM._model_mapping.get(type(base.config), None)
+    dense = "sdpa" if getattr(kind, "_supports_sdpa", True) else "eager"
+    flex = m.attn_implementation == FLEX
+    if m.attn_implementation == "auto" and torch.cuda.is_available():
+        # Short rows waste little on a dense mask.
+        flex = getattr(kind, "_supports_flex_attn", False) and cfg.dataset.max_length > 1024
+    chosen = m.attn_implementation in ("sdpa", "eager")
+    options = {
+        # Weights that are trained are float32; frozen ones need no such precision.
+        "dtype": DTYPES[t.dtype] if m.use_lora and not m.pretrain else torch.float32,
+        "attn_implementation": m.attn_implementation if chosen else dense,
+    }
+    with loading(f"model.name={m.name}"):
+        if m.pretrain:
+            options["trust_remote_code"] = m.trust_remote_code
+            model = AutoModelForCausalLM.from_config(base.config, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(m.name, **loader_options(m), **options)
+    model.config.use_cache = False
+    embed_pred_tokens(model, base)
+    add_losses(model, objective)
+    check_packing(model)
+    if flex:
+        # After the check, since it is compiled for the device that trains.
+        model.set_attn_implementation(FLEX)
+    # FSDP2 has activation checkpointing of its own.
+    if cfg.recomputes and not t.fsdp:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return add_lora(model, m.lora_rank, base.preds, objective) if m.use_lora else model
+
+
+def embed_pred_tokens(model, base):
+    """Give the [PRED] tokens rows of the embedding; a new one's is the mean of all embeddings."""
+    if base.preds and max(base.preds) >= model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
+    if base.new:
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table = layer.weight
+                table[base.new] = table[: min(base.new)].float().mean(0).to(table.dtype)
 
 
 def add_lora(model, rank, preds, objective):
@@ -204,6 +225,25 @@ def add_lora(model, rank, preds, objective):
     return get_peft_model(model, config)
 
 
+def open_model(name, dtype, trust_remote_code=False):
+    """The Loaded model of a folder or a name on the hub, to be evaluated.
+
+    A LoRA adapter is merged into its base. The folder's generation settings are left out: they may
+    sample, or punish repetition.
+    """
+    check_seal(name)
+    adapter = (Path(name) / "adapter_config.json").is_file()
+    # peft's class resizes the base's embedding to the tokenizer.
+    loader = AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
+    with loading(f"--model {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = model.merge_and_unload() if adapter else model
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model.generation_config = GenerationConfig()
+    return Loaded(model, tokenizer)
+
+
 # ---- the forward pass
 
 
@@ -218,16 +258,24 @@ class CausalLM:
 
     def states(self, idx, positions=None, ends=None):
         """The states (R, T, D) of tokens idx (R, T); positions and ends as in a packed Batch."""
-        mask = None
-        if ends is not None:
-            kind = idx.device.type
-            autocast = torch.is_autocast_enabled(kind)
-            dtype = torch.get_autocast_dtype(kind) if autocast else self.model.dtype
-            mask = attention_mask(self.model, ends, dtype)
+        mask = None if ends is None else self.mask(ends)
         body = self.model.base_model
         return body(
             input_ids=idx, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
+
+    def mask(self, ends):
+        """What the model's attention takes for packed rows: a BlockMask, or an additive mask.
+
+        The latter is right under sdpa and eager; a boolean one is wrong under eager.
+        """
+        if self.model.config._attn_implementation == FLEX:
+            return tree_mask(ends, flex=True)
+        kind, dtype = ends.device.type, self.model.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        hidden = ~tree_mask(ends, flex=False)
+        return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
     def embed(self, idx):
         """The embeddings (..., D) of tokens idx (...)."""
@@ -244,31 +292,6 @@ class CausalLM:
             return self.forward().logits.view(*states.shape[:-1], -1)
 
 
-def make_objective(cfg, model, preds, folder):
-    """The Objective that the settings ask for, or None; with the weights that a folder has of it.
-
-    folder: a saved model's.
-    """
-    if not cfg.objective:
-        return None
-    t = cfg.training
-    options = Options(
-        width=model.get_output_embeddings().weight.size(1),
-        distance=cfg.distance,
-        normed=False,  # the states have passed the last norm already
-        predictor="linear" if t.linear_predictor else "identity",
-        preds=tuple(preds),
-        front=t.front_pred,
-        reverse=t.reverse_pred,
-        last_token=t.last_token,
-    )
-    objective, file = OBJECTIVES[cfg.objective](options), Path(folder) / OBJECTIVE_FILE
-    if objective.state_dict() and file.is_file():
-        with loading(file):
-            objective.load_state_dict(load_tensors(file))
-    return objective.to(model.device)
-
-
 def add_losses(model, objective):
     """Put an objective (or None) into the model, and let model(batch=Batch) return Sums."""
     lm = CausalLM(model)
@@ -283,24 +306,12 @@ def add_losses(model, objective):
         labels = (targets >= 0).nonzero()[:, 0]
         logits = lm.logits(states.flatten(0, 1)[labels])
         ce = F.cross_entropy(logits.float(), targets[labels], reduction="sum")
-        if batch.drawn is None:
-            return Sums(ce, None)
-        return Sums(ce, getattr(self, OBJECTIVE).loss(lm, batch, states, batch.drawn))
+        term = ce.new_zeros(())
+        if batch.drawn is not None:
+            term = getattr(self, OBJECTIVE).loss(lm, batch, states, batch.drawn)
+        return Sums(ce, term)
 
     model.forward = types.MethodType(forward, model)
-
-
-def attention_mask(model, ends, dtype):
-    """What the model's attention takes for packed rows, whose ends are (R, T).
-
-    A BlockMask for FlexAttention; otherwise an additive mask (R, 1, T, T), which is right under
-    sdpa and eager (a boolean one is wrong under eager).
-    """
-    if model.config._attn_implementation == FLEX:
-        return tree_mask(ends, flex=True)
-    visible = tree_mask(ends, flex=False)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=ends.device)
-    return mask.masked_fill(~visible, torch.finfo(dtype).min)
 
 
 @torch.no_grad()

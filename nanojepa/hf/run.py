@@ -1,4 +1,20 @@
-"""A fine-tuning run from its settings to its result; main() is the command jepa-llm."""
+"""Fine-tune a Hugging Face causal LM with next-token cross entropy and a JEPA term.
+
+    python finetune.py --config configs/finetune_example.yaml     one process: a GPU, or a CPU
+    torchrun --nproc_per_node 8 finetune.py --config FILE         one process a GPU
+    jepa-llm --config my-run.yaml                                 the same, where it is installed
+
+Each key of the YAML file is a flag too: --section.key, or --key if only one section has it. The
+terms are those of train_gpt.py, nanojepa/objectives. This file is a run from its settings to its
+result. What it calls lies beside it, in the order of a run:
+
+    settings.py   every key, its default and its range
+    chat.py       messages as tokens, through the tokenizer's chat template
+    layout.py     records as the examples that an objective lays out
+    model.py      what a model is before its weights; its weights; the losses of a packed batch
+    trainer.py    the step: batches, sums over counts, evaluation
+    export.py     checkpoints and the trained model, sealed
+"""
 
 import functools
 import importlib.util
@@ -6,17 +22,16 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 
-from nanojepa.files import one_line_errors, progress, write_whole
+from nanojepa.files import one_line_errors, write_whole
 from nanojepa.hf.chat import Chat
-from nanojepa.hf.export import cut_metrics, find_checkpoint, save_model, step_of
+from nanojepa.hf.export import find_checkpoint, save_model
 from nanojepa.hf.layout import Source, prepare, read_sources
 from nanojepa.hf.model import (
     CausalLM,
@@ -25,29 +40,20 @@ from nanojepa.hf.model import (
     load_model,
     make_objective,
     pred_names,
+    read_base,
 )
 from nanojepa.hf.settings import ALIASES, Config, Training
 from nanojepa.hf.trainer import JepaTrainer
-from nanojepa.objectives import OBJECTIVES, StepRandom
-from nanojepa.packing import pack_rows
+from nanojepa.objectives import OBJECTIVES
+from nanojepa.objectives.distance import ACROSS_PAIRS
 from nanojepa.runlog import describe_machine, project_sources
 from nanojepa.settings import as_dict, load_settings, non_defaults
-
-USAGE = "Fine-tune a Hugging Face causal LM with next-token cross entropy and a JEPA term."
-
-
-class EncodedViews(NamedTuple):
-    """View A and view B (N, D), float32 on the CPU, and the index of each pair's record (N,)."""
-
-    u: torch.Tensor
-    v: torch.Tensor
-    group: torch.Tensor
 
 
 @one_line_errors()
 @record
-def main(argv=None, usage=USAGE):
-    loaded = load_settings(Config, argv, aliases=ALIASES, description=usage)
+def main(argv=None):
+    loaded = load_settings(Config, argv, aliases=ALIASES, description=__doc__)
     run(loaded.config, loaded.origin)
 
 
@@ -58,7 +64,9 @@ def run(cfg, origin):
     first = os.environ.get("RANK", "0") == "0"
     say = functools.partial(print, flush=True) if first else lambda line: None
     resume = find_checkpoint(folder, cfg.training.resume, say)
-    start = step_of(resume) if resume else 0
+    start = TrainerState()
+    if resume:
+        start = TrainerState.load_from_json(resume / "trainer_state.json")
     for line in non_defaults(cfg, origin):
         say(line)
     if not torch.cuda.is_available():
@@ -67,20 +75,17 @@ def run(cfg, origin):
     if first:
         open_folder(folder, cfg, origin, start)
     outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    train_seconds = outcome.metrics["train_runtime"] - trainer.eval_seconds
     history, steps = trainer.state.log_history, trainer.state.global_step
     evaluated = any("eval_loss" in line and line["step"] == steps for line in history)
     if trainer.eval_dataset and not evaluated:
         trainer.evaluate()
     save_model(trainer)
-    speed = outcome.metrics["train_samples_per_second"]  # the time of evaluations counted
     result = {
         **summarize_losses(history, outcome.training_loss),
         "steps": steps,
-        "resumed_from": start,
+        "resumed_from": start.global_step,
         "examples": len(trainer.train_dataset),
-        "examples_per_second": speed * outcome.metrics["train_runtime"] / train_seconds,
-        "train_seconds": train_seconds,
+        "train_seconds": outcome.metrics["train_runtime"] - trainer.eval_seconds,
         "seconds": round(time.perf_counter() - began, 1),
         "total_flops": trainer.state.total_flos,
         "seed": cfg.general.finetune_seed,
@@ -109,16 +114,19 @@ def check_run(cfg, folder):
 
 
 def open_folder(folder, cfg, origin, start):
-    """Write config.yaml and environment.json; leave in metrics.jsonl what comes before `start`."""
+    """Write config.yaml, environment.json and metrics.jsonl; start: the state to go on from."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", yaml.safe_dump(as_dict(cfg), sort_keys=False).encode())
     machine = describe_machine(project_sources(Path(__file__).parents[2]))
     machine |= {"transformers": transformers.__version__, "origin": origin}
     file, starts = folder / "environment.json", []
-    if start and file.exists():
+    if start.global_step and file.exists():
         starts = json.loads(file.read_text())
-    write_whole(file, json.dumps([*starts, {"step": start, **machine}], indent=1).encode())
-    cut_metrics(folder / "metrics.jsonl", start)
+    starts.append({"step": start.global_step, **machine})
+    write_whole(file, json.dumps(starts, indent=1).encode())
+    # What was logged after the checkpoint will be logged again.
+    lines = "".join(json.dumps(line) + "\n" for line in start.log_history)
+    write_whole(folder / "metrics.jsonl", lines.encode())
 
 
 def summarize_losses(history, mean_loss):
@@ -137,50 +145,58 @@ def summarize_losses(history, mean_loss):
 def make_trainer(cfg, say=print):
     """The JepaTrainer of a Config, with its model and its packed examples."""
     set_seed(cfg.general.finetune_seed)
-    sources = read_sources(cfg.dataset)
-    model, tokenizer, objective = load_model(cfg)
-    chat, examples = Chat(tokenizer, cfg.dataset.plain), {"eval": []}
-    for name, source in sources.items():
-        if source.records:
-            examples[name], _, summary = prepare(source, chat, cfg.dataset, objective)
-            say(f"{name}: {summary}")
-    if "train" not in examples:
-        raise ValueError("no training examples")
-    if objective is not None and all(example.no_term for example in examples["train"]):
-        raise ValueError(
-            "no training example has a JEPA term; choose training.regular, or other data"
-        )
-    for example in examples["train"][: 2 if cfg.general.debug else 0]:
-        show(example, tokenizer, say)
-    for line in notes(cfg, chat, objective):
+    base = read_base(cfg)
+    chat = Chat(base.tokenizer, cfg.dataset.plain)
+    objective = make_objective(cfg, base.config, base.preds, cfg.model.name)
+    examples = make_examples(cfg, chat, objective, say)
+    for line in notes(cfg, chat):
         say(line)
     trainer = JepaTrainer(
         cfg,
         chat,
         objective,
-        model=model,
+        model=load_model(cfg, base, objective),
         args=training_arguments(cfg, bool(examples["eval"])),
         train_dataset=examples["train"],
         eval_dataset=examples["eval"],
-        processing_class=tokenizer,
+        processing_class=base.tokenizer,
     )
     if cfg.training.same_flop and objective is not None:
         say(trainer.limit_flops())
     return trainer
 
 
-def notes(cfg, chat, objective):
+def make_examples(cfg, chat, objective, say):
+    """{"train": Examples, "eval": Examples, or none} of these settings."""
+    examples = {"train": [], "eval": []}
+    for name, source in read_sources(cfg.dataset).items():
+        if source.records:
+            examples[name], _, summary = prepare(source, chat, cfg.dataset, objective)
+            say(f"{name}: {summary}")
+    if not examples["train"]:
+        raise ValueError("no training examples; lower dataset.eval_split")
+    if objective is not None and all(example.no_term for example in examples["train"]):
+        raise ValueError(
+            "no training example has a JEPA term; choose training.regular, or other data"
+        )
+    for example in examples["train"][: 2 if cfg.general.debug else 0]:
+        show(example, chat.tokenizer, say)
+    return examples
+
+
+def notes(cfg, chat):
     """What a user may not expect of these settings, line by line."""
     t = cfg.training
-    if objective is not None and objective.options.last_token != t.last_token:
-        yield "last_token: no effect; this objective's views close no turn to count from"
     if chat.prompt_differs:
         yield (
             "the template's generation prompt is not what precedes the assistant's text in a "
             "conversation; generate from the latter, as evaluate.py does"
         )
-    if t.memory_efficient and cfg.distance == "infonce":
-        yield "memory_efficient: infonce needs a micro-batch's views at once, so it stays whole"
+    if t.memory_efficient and cfg.distance in ACROSS_PAIRS:
+        yield (
+            f"memory_efficient: {cfg.distance} needs a micro-batch's views at once, so it stays "
+            "whole"
+        )
     if t.optimizer != (name := optimizer_name(t.optimizer)):
         yield f"optimizer: {name}, since {t.optimizer} needs CUDA and bitsandbytes"
 
@@ -218,11 +234,15 @@ def training_arguments(cfg, evaluates):
             "state_dict_type": "FULL_STATE_DICT",
             "activation_checkpointing": cfg.recomputes,
         }
+    size, accum = t.batch_size, t.grad_accum
+    # Some distances need all views of a micro-batch at once.
+    if t.memory_efficient and cfg.distance not in ACROSS_PAIRS:
+        size, accum = 1, size * accum  # the same step
     args = TrainingArguments(
         output_dir=t.output_dir,
-        per_device_train_batch_size=t.batch_size,
+        per_device_train_batch_size=size,
         per_device_eval_batch_size=t.batch_size,
-        gradient_accumulation_steps=t.grad_accum,
+        gradient_accumulation_steps=accum,
         learning_rate=t.learning_rate,
         num_train_epochs=t.num_epochs,
         eval_strategy="steps" if evaluates else "no",
@@ -265,32 +285,22 @@ def set_wandb_environment(general):
 # ---- a trained model's views
 
 
-@torch.no_grad()
-def views_of(model, chat, folder, records, batch_size):
-    """The EncodedViews of records, by a model and the settings of the run that left it in a folder.
+def views_of(model, chat, folder, records):
+    """What states_of_views() needs of records: the model, an Objective, Examples, what fills rows.
 
-    The model is as open_model() gives it.
+    The settings are those of the run that left the model in a folder, as open_model() gives it.
     """
     cfg, tokenizer = pair_settings(folder, chat.plain), chat.tokenizer
     predictors = cfg.dataset.predictors
     check_layers(model.config.get_text_config(), cfg.dataset.max_length + predictors)
     check_packing(model)
     preds = tokenizer.convert_tokens_to_ids(pred_names(predictors))
-    objective = make_objective(cfg, model, preds, folder)
+    objective = make_objective(cfg, model.config, preds, folder).to(model.device)
     source = Source(Path(folder).name, records)
-    examples, kept, summary = prepare(source, chat, cfg.dataset, objective)
+    examples, _, summary = prepare(source, chat, cfg.dataset, objective)
     print(summary, flush=True)
-    lm, found = CausalLM(model), []
-    for first in progress(range(0, len(examples), batch_size), desc="encoding"):
-        batch = pack_rows(examples[first : first + batch_size], tokenizer.eos_token_id)
-        group = first + batch.group[batch.weight > 0]
-        batch.drawn = objective.draw(batch, StepRandom(0, 0, batch.items, batch.total_items))
-        batch = batch.to(model.device)
-        states = lm.states(batch.idx, batch.positions, batch.ends)
-        views = objective.views(lm, batch, states, batch.drawn)
-        counted = batch.drawn["weight"] > 0
-        found.append((views.u[counted].cpu(), views.v[counted].cpu(), torch.tensor(kept)[group]))
-    return EncodedViews(*map(torch.cat, zip(*found, strict=True)))
+    examples = [example for example in examples if example.pairs]
+    return CausalLM(model), objective, examples, tokenizer.eos_token_id
 
 
 def pair_settings(folder, plain):

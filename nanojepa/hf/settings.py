@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 
 from nanojepa.objectives import OBJECTIVES
+from nanojepa.objectives.distance import DISTANCES
 from nanojepa.settings import Fraction, Natural, NonNegative, OneOf, OrBool, Positive, Range
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
@@ -25,7 +26,7 @@ ALIASES = {
 @dataclass
 class General:
     debug: Annotated[int, OrBool(), Range(0)] = 0  # above 0: show what of two examples is trained
-    finetune_seed: Natural = 42  # of data order, drawn places, dropped terms, new weights
+    finetune_seed: Natural = 42  # of data order, drawn spans, dropped terms and new weights
     use_wandb: bool = False  # report to Weights & Biases
     wandb_project: str = "jepa-llm"  # its project
     wandb_run_name: str = ""  # its run name; empty: that of output_dir
@@ -61,12 +62,15 @@ class Data:
     max_eval_items: Natural = 0  # eval examples at most; 0: all
     config_name: str = ""  # configuration of a Hugging Face dataset
     train_split: str = ""  # split of a Hugging Face dataset; empty: train, and for eval_file test
-    max_length: Annotated[int, Range(8)] = 512  # tokens of a document; a longer one is cut, counted
+    # Tokens of a document; the rest is cut off, and said to be.
+    max_length: Annotated[int, Range(8)] = 512
+    # ---- JEPA
     predictors: Annotated[int, Range(0, 10)] = 0  # [PRED] tokens after view A
     # What view A is. Standalone: a conversation of its own, as in LLM-JEPA; it is encoded apart if
     # there is a system message. Prefix: the beginning of the conversation, which is encoded
     # anyway. That is cheaper, but another term, since the system message is seen.
     views: Literal["standalone", "prefix"] = "standalone"
+    # ---- texts
     train_all: bool = False  # cross entropy on every token, not on the assistant's alone
     plain: bool = False  # no chat template: the two texts, a line break between, an end token
     # Drop <think> and <Thought> passages of the assistant's text. Of <Output> and <Answer> only
@@ -89,6 +93,7 @@ class Training:
     save_steps: Natural = 0  # steps between checkpoints; 0: every epoch
     save_total_limit: Positive = 2  # checkpoints that are kept
     logging_steps: Positive = 1  # steps between log lines
+    # ---- JEPA
     lbd: NonNegative = 0.1  # weight of the term
     gamma: NonNegative = 1.0  # weight of the cross entropy
     objective: OneOf(OBJECTIVES) = "pair"  # the term; docs/objectives.md describes each
@@ -101,10 +106,13 @@ class Training:
     front_pred: bool = False  # [PRED] tokens before view A; it is encoded again for that
     reverse_pred: bool = False  # view B predicts view A
     linear_predictor: bool = False  # a trained D x D matrix on view A
-    jepa_l2: bool = False  # distance: L2 norm; without a flag it is 1 - cosine
-    jepa_mse: bool = False  # distance: mean squared error
-    infonce: bool = False  # distance: InfoNCE among the pairs of a micro-batch
+    # How far two views are apart. cosine: 1 - cos. The negatives of infonce are the micro-batch's.
+    distance: OneOf(DISTANCES) = "cosine"
+    jepa_l2: bool = False  # the same as distance: l2
+    jepa_mse: bool = False  # the same as distance: mse
+    infonce: bool = False  # the same as distance: infonce
     jepa_ratio: float = -1.0  # chance that a step computes the term at all; -1: it always does
+    # ---- cost
     same_flop: bool = False  # as many steps as cost what num_epochs cost without the term
     track_flop: bool = False  # print the FLOPs of the first ten steps
     additive_mask: bool = False  # no effect; all views are encoded in one forward pass anyway
@@ -132,6 +140,8 @@ class Config:
         if t.objective != Training.objective:
             terms.append(f"objective={t.objective}")
         distances = [name for name in ("jepa_l2", "jepa_mse", "infonce") if getattr(t, name)]
+        if t.distance != Training.distance:
+            distances.append(f"distance={t.distance}")
         for given in (terms, distances):
             if len(given) > 1:
                 raise ValueError(f"training: choose one of {', '.join(given)}")
@@ -141,10 +151,12 @@ class Config:
             )
         if t.last_token > 0:
             raise ValueError(f"training.last_token={t.last_token}: must be 0 or less")
-        if t.span and (d.predictors or t.front_pred or t.reverse_pred or t.last_token):
+        objective = OBJECTIVES.get(self.objective)
+        of_pairs = d.predictors or t.front_pred or t.reverse_pred or t.last_token
+        if objective is not None and not objective.needs_pairs and of_pairs:
             raise ValueError(
-                "training.span: it compares differences of states; remove dataset.predictors, "
-                "front_pred, reverse_pred and last_token, which belong to other objectives"
+                f"training.objective={self.objective}: it compares no two texts; remove "
+                "dataset.predictors, front_pred, reverse_pred and last_token"
             )
         if d.data_file and d.eval_file:
             raise ValueError(
@@ -169,7 +181,7 @@ class Config:
         """The key in DISTANCES of how far views are apart."""
         t = self.training
         flags = {"l2": t.jepa_l2, "mse": t.jepa_mse, "infonce": t.infonce}
-        return next((name for name, given in flags.items() if given), "cosine")
+        return next((name for name, given in flags.items() if given), t.distance)
 
     @property
     def ratio(self):

@@ -4,8 +4,6 @@ CE and the term are sums over the labels and pairs of a step, of all its micro-b
 processes, divided by their number. The trainer has an objective, and never asks which.
 """
 
-import contextlib
-import functools
 import itertools
 import json
 import math
@@ -19,7 +17,7 @@ import torch
 from transformers import Trainer
 
 from nanojepa.hf.export import UNFINISHED, publish_checkpoint
-from nanojepa.hf.model import FLEX, Sums, loading
+from nanojepa.hf.model import FLEX, Sums
 from nanojepa.hf.settings import DTYPES
 from nanojepa.objectives import StepRandom
 from nanojepa.objectives.schedule import keeps_term
@@ -41,15 +39,13 @@ class Costs(NamedTuple):
     pair: int  # of attention, for each pair of tokens of one row
 
 
-def naming_checkpoint(load):
-    """A method of the Trainer that reads a checkpoint, whose errors then name the checkpoint."""
-
-    @functools.wraps(load)
-    def method(self, checkpoint, *args):
-        with loading(checkpoint):
-            return load(self, checkpoint, *args)
-
-    return method
+def count(batch):
+    """(2,): the labels of a Batch, and its pairs that count."""
+    labels = (batch.targets >= 0).sum()
+    pairs = torch.zeros_like(labels)
+    if batch.drawn is not None:
+        pairs = batch.drawn["weight"].sum()
+    return torch.stack((labels, pairs))
 
 
 def count_pairs(examples):
@@ -69,8 +65,7 @@ class JepaTrainer(Trainer):
             # It compiles a kernel for each length. A branch comes on top of max_length.
             longest = cfg.dataset.max_length + cfg.dataset.predictors + 8
             self.row_length = 128 * math.ceil(longest / 128)
-        self.costs = unit_flops(self.model, cfg.recomputes)
-        self.step_flops = 0  # of this step, so far
+        self.costs = unit_flops(self.model)
         self.eval_seconds = 0.0
         self.start_log_line()
 
@@ -82,33 +77,22 @@ class JepaTrainer(Trainer):
     # ---- batches
 
     def pack(self, examples, term=True, step=0, first_item=0, total_items=0):
-        """The micro-batches of these examples: one, or with memory_efficient one for each of them.
+        """The Batch of these examples.
 
         term: whether the step has the term, if there is one; otherwise its views are not encoded
         either. What is drawn depends on the step, and on the number first_item, in the step, of
         the first pair. total_items: how many pairs the step has; 0: no more than these examples.
         """
-        term = term and self.objective is not None
-        if not term:
+        if not term or self.objective is None:
             examples = [example.without_term() for example in examples]
-        total_items = total_items or max(1, count_pairs(examples))
-        groups = [examples]
-        # InfoNCE needs all views of a micro-batch at once.
-        if self.cfg.training.memory_efficient and self.cfg.distance != "infonce":
-            groups = [[example] for example in examples]
-        batches = []
-        for group in groups:
-            batch = pack_rows(group, self.filler, self.row_length, first_item)
-            if term:
-                seed = self.cfg.general.finetune_seed
-                rng = StepRandom(seed, step, batch.items, total_items)
-                batch.drawn = self.objective.draw(batch, rng)
-            batches.append(batch)
-            first_item += count_pairs(group)
-        return batches
+            return pack_rows(examples, self.filler, self.row_length)
+        batch = pack_rows(examples, self.filler, self.row_length, first_item)
+        seed, total_items = self.cfg.general.finetune_seed, total_items or batch.total_items
+        batch.drawn = self.objective.draw(batch, StepRandom(seed, step, batch.items, total_items))
+        return batch
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of a step, each a list of Batches, and the step's Counts."""
+        """The Batches of a step, and its Counts."""
         cfg, step = self.cfg, self.state.global_step
         term = keeps_term(cfg.general.finetune_seed, step, cfg.ratio)
         self.steps += 1
@@ -124,38 +108,16 @@ class JepaTrainer(Trainer):
         batches = [
             self.pack(chunk, term, step, n, total) for chunk, n in zip(chunks, first, strict=True)
         ]
-        return batches, self.count(itertools.chain(*batches))
-
-    def count(self, batches):
-        """The Counts of these Batches over all processes."""
-        own = torch.zeros(1, 2, device=self.args.device)
-        for batch in batches:
-            own[0, 0] += (batch.targets >= 0).sum()
-            if batch.drawn is not None:
-                own[0, 1] += batch.drawn["weight"].sum()
-        return Counts(*self.accelerator.gather(own).sum(0).clamp(min=1))
+        if cfg.training.track_flop and step < 10:
+            flops = sum(map(self.floating_point_ops, batches))
+            print(f"step {step + 1}: {flops:.4g} FLOPs on this process", flush=True)
+        own = sum(map(count, batches), torch.zeros(2)).to(device)
+        return batches, Counts(*self.accelerator.gather(own[None]).sum(0).clamp(min=1))
 
     def _prepare_inputs(self, inputs):
         return inputs.to(self.args.device)
 
     # ---- a step
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of the Batches of a micro-batch, one by one."""
-        losses = []
-        for n, batch in enumerate(inputs, 1):
-            # FSDP2 reduces gradients as they come: to wait, it would have to keep whole ones.
-            synchronised = n == len(inputs) or self.cfg.training.fsdp
-            waiting = contextlib.nullcontext() if synchronised else self.accelerator.no_sync(model)
-            with waiting:
-                losses.append(super().training_step(model, batch, num_items_in_batch))
-        self.step_flops += self.floating_point_ops(inputs)
-        if self.accelerator.sync_gradients:
-            step = self.state.global_step + 1
-            if self.cfg.training.track_flop and step <= 10:
-                print(f"step {step}: {self.step_flops:.4g} FLOPs on this process", flush=True)
-            self.step_flops = 0
-        return torch.stack(losses).sum()
 
     def sums(self, model, batch):
         """The Sums of a Batch that is on the device."""
@@ -168,11 +130,8 @@ class JepaTrainer(Trainer):
         t, (labels, pairs) = self.cfg.training, num_items_in_batch
         ce, term = self.sums(model, inputs)
         self.losses[0] += ce.detach() / labels
-        loss = t.gamma * ce / labels
-        if term is not None:
-            self.losses[1] += term.detach() / pairs
-            loss = loss + t.lbd * term / pairs
-        return loss * self.args.world_size
+        self.losses[1] += term.detach() / pairs
+        return (t.gamma * ce / labels + t.lbd * term / pairs) * self.args.world_size
 
     # ---- evaluation and the log
 
@@ -183,13 +142,15 @@ class JepaTrainer(Trainer):
         examples, size = eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size
         chunks = [examples[n : n + size] for n in range(0, len(examples), size)]
         rank, world_size = self.args.process_index, self.args.world_size
-        sums = torch.zeros(4, device=self.args.device)
+        totals = torch.zeros(2, 2, device=self.args.device)
         model.eval()
         # Sharded weights need as many forward passes on every process, so some repeat a chunk.
         for n in range(rank, len(chunks) + -len(chunks) % world_size, world_size):
-            for batch in self.pack(chunks[n % len(chunks)], step=n):
-                sums += (n < len(chunks)) * self.sums_and_counts(model, self._prepare_inputs(batch))
-        ce, labels, term, pairs = self.accelerator.reduce(sums, "sum").tolist()
+            batch = self._prepare_inputs(self.pack(chunks[n % len(chunks)], step=n))
+            sums = torch.stack(self.sums(model, batch))
+            if n < len(chunks):
+                totals += torch.stack((sums, count(batch)))
+        (ce, term), (labels, pairs) = self.accelerator.reduce(totals, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": ce / labels}
         if pairs:
             metrics[f"{metric_key_prefix}_jepa_loss"] = term / pairs
@@ -200,14 +161,6 @@ class JepaTrainer(Trainer):
         )
         self.eval_seconds += time.perf_counter() - began
         return metrics
-
-    def sums_and_counts(self, model, batch):
-        """(4,): the sum of CE, the number of labels, the sum of the term, the number of pairs."""
-        ce, term = self.sums(model, batch)
-        pairs = ce.new_zeros(())
-        if term is not None:
-            pairs = batch.drawn["weight"].sum()
-        return torch.stack((ce, (batch.targets >= 0).sum(), pairs if term is None else term, pairs))
 
     def log(self, logs, start_time=None):
         """As the Trainer's, with both parts of a training loss, unweighted, and metrics.jsonl.
@@ -242,22 +195,14 @@ class JepaTrainer(Trainer):
         if self.is_world_process_zero():
             publish_checkpoint(folder, self.state.global_step, self.args.save_total_limit)
 
-    _load_from_checkpoint = naming_checkpoint(Trainer._load_from_checkpoint)
-    _load_optimizer_and_scheduler = naming_checkpoint(Trainer._load_optimizer_and_scheduler)
-    _load_scaler = naming_checkpoint(Trainer._load_scaler)
-    _load_rng_state = naming_checkpoint(Trainer._load_rng_state)
-
     # ---- FLOPs
 
-    def floating_point_ops(self, inputs):
-        """FLOPs, forward and backward, of a list of Batches, their padding counted."""
-        total = 0
-        for batch in inputs:
-            tokens = batch.idx.numel()
-            total += self.costs.token * tokens
-            total += self.costs.label * int((batch.targets >= 0).sum())
-            total += self.costs.pair * tokens * batch.idx.size(1)
-        return total
+    def floating_point_ops(self, batch):
+        """FLOPs, forward and backward, of a Batch, its padding counted."""
+        tokens, costs = batch.idx.numel(), self.costs
+        labels = int((batch.targets >= 0).sum())
+        pairs = tokens * batch.idx.size(1)
+        return costs.token * tokens + costs.label * labels + costs.pair * pairs
 
     def limit_flops(self):
         """Make as many steps as cost what the epochs cost without the term; returns a line on it.
@@ -280,17 +225,16 @@ class JepaTrainer(Trainer):
         )
 
 
-def unit_flops(model, recomputes):
-    """The Costs of a model; recomputes: whether activations are computed again for the backward.
+def unit_flops(model):
+    """The Costs of a model. What is computed again for the backward pass isn't counted.
 
     A weight takes 2 FLOPs forward, 2 for the gradient of its input, 2 for its own if it is
     trained. Attention takes 4 times the width and layer forward, 8 backward, for pairs that don't
-    see each other too, as a dense mask computes them. What is computed again costs its forward
-    FLOPs once more. Source: arXiv 2204.02311, appendix B.
+    see each other too, as a dense mask computes them. Source: arXiv 2204.02311, appendix B.
     """
 
-    def cost(weight, recomputed):
-        return weight.numel() * (4 + 2 * weight.requires_grad + 2 * recomputed)
+    def cost(weight):
+        return weight.numel() * (4 + 2 * weight.requires_grad)
 
     config = model.config.get_text_config()
     # peft wraps a table of which it trains some rows.
@@ -298,8 +242,6 @@ def unit_flops(model, recomputes):
         getattr(table, "original_module", table).weight
         for table in (model.get_output_embeddings(), model.get_input_embeddings())
     )
-    network = sum(
-        cost(p, recomputes) for p in model.parameters() if p is not head and p is not embedding
-    )
-    attention = (12 + 4 * recomputes) * config.num_hidden_layers * config.hidden_size
-    return Costs(network, cost(head, False), attention)
+    network = sum(cost(p) for p in model.parameters() if p is not head and p is not embedding)
+    attention = 12 * config.num_hidden_layers * config.hidden_size
+    return Costs(network, cost(head), attention)

@@ -14,8 +14,8 @@ INFONCE_TEMPERATURE = 0.07  # as LLM-JEPA, arXiv 2509.14252
 class Views(NamedTuple):
     """What an objective compares: u[i] with v[i], both (..., D).
 
-    floor (...): a vector that is no longer than this has no direction; None for 0.
-    group (...): the example that a pair belongs to; views of one example are no negatives of each
+    floor (...): a vector of this length or shorter counts as zero; None: 0.
+    group (...): the example that a pair belongs to. Views of one example are no negatives of each
     other. None: every pair is an example of its own.
     """
 
@@ -41,7 +41,7 @@ def mse(views, counted):
 
 
 def infonce(views, counted):
-    """The cross entropy (N,) of finding v[i] among all v of the micro-batch, given u[i].
+    """InfoNCE (N,): the cross entropy of choosing v[i] for u[i] among all v of the micro-batch.
 
     Pairs that don't count, and other pairs of i's own group, are no negatives.
     """
@@ -57,6 +57,7 @@ def infonce(views, counted):
 
 
 DISTANCES = {"cosine": cosine, "l2": l2, "mse": mse, "infonce": infonce}
+ACROSS_PAIRS = {"infonce"}  # these compare pairs with each other, so the micro-batch matters
 
 
 def distance(kind, views, weight):

@@ -23,25 +23,24 @@ class Options:
 
     width: int  # D, of the states
     distance: str = "cosine"  # a key of DISTANCES
-    normed: bool | None = (
-        None  # compare states after the final norm; None: as the objective prefers
-    )
+    # Whether states are compared after the final norm; None: as the objective prefers.
+    normed: bool | None = None
     predictor: str = "identity"  # or linear: a trained D x D matrix on view A
     preds: tuple = ()  # ids of the [PRED] tokens
     front: bool = False  # [PRED]s before view A instead of after it
     reverse: bool = False  # view B predicts view A
-    last_token: int = 0  # a view's state, counted from its turn's end; 0: its last token of text
+    last_token: int = 0  # whose state is a view's; 0: its text's last, -1: its turn's last
     spans: int = 1  # spans a row, or a region
     max_span_frac: float = 0.5  # longest span over the length of what it is drawn in
-    doc_token: int | None = None  # in rows of text, spans don't cross this token; None: they may
+    in_documents: bool = True  # in rows of text, a span lies inside one fragment of a document
 
 
 class StepRandom:
     """The random numbers of one step: a function of seed, step and item alone.
 
-    An item is what numbers are drawn for: a row of text, or a pair of a packed batch. All
-    total_items of the step are drawn and those of this micro-batch are taken, so the numbers of an
-    item depend neither on the ranks nor on gradient accumulation.
+    An item is a row of text, or a pair of places of a packed batch. All total_items of the step
+    are drawn and those of this micro-batch are taken. So the numbers of an item depend neither on
+    the ranks nor on gradient accumulation.
     """
 
     def __init__(self, seed, step, items, total_items):
@@ -69,7 +68,9 @@ class Objective(nn.Module):
     """A term of the loss; it owns its predictor, if it has one."""
 
     default_normed = False  # whether it compares states after the final norm
-    needs_pairs = False  # whether rows of plain text give it nothing to compare
+    # Whether it compares two texts or steps. Rows of plain text give it nothing to compare, and
+    # the settings of [PRED] tokens are for it alone.
+    needs_pairs = False
 
     def __init__(self, options):
         super().__init__()
@@ -91,6 +92,11 @@ class Objective(nn.Module):
         sum over the step, so that the term is a mean over all micro-batches and ranks. rng: the
         batch's StepRandom. By default the batch's pairs are compared.
         """
+        if batch.pairs is None:
+            raise ValueError(
+                f"{type(self).__name__}: rows of text have no pairs laid out; override draw(), or "
+                "set needs_pairs"
+            )
         a, b = batch.pairs
         return {"a": a, "b": b, "weight": batch.weight, "group": batch.group}
 
@@ -98,20 +104,28 @@ class Objective(nn.Module):
         """The Views that are compared, inside the compiled graph.
 
         states (R, T, D): the tapped layer. drawn: what draw() returned. lm: the language model,
-        with lm.states(idx, positions, ends), lm.embed(idx) and lm.logits(states).
+        with lm.states(idx, positions, ends), lm.embed(idx) and lm.logits(states). None, the
+        default: the objective doesn't compare two vectors, and overrides loss().
         """
-        raise NotImplementedError
+        return None
 
     def loss(self, lm, batch, states, drawn):
         """The sum of weight * distance, a 0-dim tensor; by default, of the views."""
-        views = self.views(lm, batch, states, drawn)
+        views = self.predicted_views(lm, batch, states, drawn)
         return distance(self.options.distance, views, drawn["weight"])
+
+    def predicted_views(self, lm, batch, states, drawn):
+        """The views, view A after the predictor."""
+        views = self.views(lm, batch, states, drawn)
+        if views is None or self.predictor is None:
+            return views
+        return views._replace(u=self.predictor(views.u))
 
     def gather(self, states, places):
         """The states (..., D), float32, at places (...), which count through all rows."""
-        found = states.flatten(0, 1)[places].float()
-        return F.rms_norm(found, found.shape[-1:], eps=1e-6) if self.normed else found
+        return self.compared(states.flatten(0, 1)[places])
 
-    def predict(self, u):
-        """View A (..., D) after the predictor."""
-        return u if self.predictor is None else self.predictor(u)
+    def compared(self, states):
+        """States (..., D) as they are compared: float32, after the final norm if that is wanted."""
+        states = states.float()
+        return F.rms_norm(states, states.shape[-1:], eps=1e-6) if self.normed else states

@@ -1,8 +1,8 @@
 """The paired-view objective: a text predicts another one of the same meaning.
 
-Of a pair (Text, Code), the trunk is Text, then Code. View A is the state at the last of k [PRED]
-tokens, a branch that continues Text and that the trunk doesn't see. View B is the state at the
-last token of Code, encoded alone. In a group of paraphrases each predicts the next.
+The trunk of a pair (Text, Code) is Text followed by Code. View A is the state at the last of k
+[PRED] tokens, a branch that continues Text and that the trunk doesn't see. View B is the state at
+the last token of Code, encoded alone. In a group of paraphrases each predicts the next.
 Source: LLM-JEPA, arXiv 2509.14252.
 """
 
@@ -39,7 +39,7 @@ class Pair(Objective):
         return texts.meaning
 
     def place(self, view, preds):
-        """Where the state of a view is taken, and the tokens of the branch that leads there.
+        """The place of a view's state, and the branch tokens that are encoded to get there.
 
         The place is (document, token) if a document of the example begins with the view, and
         otherwise the tokens to encode for it.
@@ -66,4 +66,4 @@ class Pair(Objective):
     def views(self, lm, batch, states, drawn):
         u = self.gather(states, drawn["a"])
         v = self.gather(states, drawn["b"])
-        return Views(self.predict(u), v, group=drawn["group"])
+        return Views(u, v, group=drawn["group"])

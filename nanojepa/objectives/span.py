@@ -5,8 +5,9 @@ Of a span a..b in a fragment start..end of a document,
     patch   = h[b] - h[a-1]
     context = (h[a-1] - h[start]) + (h[end] - h[b])
 
-and the term is 1 - cos(context, patch). The two add up to h[end] - h[start]. Gradients flow
-through both. Source: parameter-golf issue 1772, which has start 0 and end T-1; STP of LLM-JEPA.
+and the term is 1 - cos(context, patch), or another distance. The two add up to h[end] - h[start].
+Gradients flow through both. Differences that are rounding noise don't count (noise_floor).
+Source: parameter-golf issue 1772, which has start 0 and end T-1. LLM-JEPA's code has it as STP.
 
 Shapes: B rows, T tokens, S spans a row or region, N regions.
 """
@@ -20,8 +21,12 @@ from nanojepa.packing import Example
 
 class Span(Objective):
     def layout(self, texts):
-        """The trunks, and for every region a pair of places: its first and its last token."""
-        regions = [(first, last) for first, last in texts.regions if last[1] - first[1] >= 2]
+        """The documents, and for every region a pair of places: its first and its last token."""
+        regions = []
+        for start, end in texts.regions:
+            (_, first_token), (_, last_token) = start, end
+            if last_token - first_token >= 2:
+                regions.append((start, end))
         too_short = "" if regions else "fewer than three tokens to draw a span in"
         return Example(texts.documents, regions, too_short)
 
@@ -30,53 +35,52 @@ class Span(Objective):
         options = self.options
         if batch.pairs is None:
             uniform = rng.uniform(options.spans, 3)
-            start, end, weight = choose_fragments(uniform[..., 0], batch.idx, options.doc_token)
+            document = batch.document if options.in_documents else torch.zeros_like(batch.idx)
+            start, end, weight = choose_fragments(uniform[..., 0], document)
             uniform = uniform[..., 1:]
         else:
             uniform = rng.uniform(options.spans, 2)
+            # What layout() has paired: the first and the last token of each region (N, S).
             start, end, weight = (
                 x[:, None].expand(-1, options.spans) for x in (*batch.pairs, batch.weight)
             )
         a, b = place_spans(uniform, start, end, options.max_span_frac)
         places = torch.stack((a - 1, b, start, end))
-        return {"places": torch.where(weight > 0, places, start), "weight": weight}
+        places = torch.where(weight > 0, places, start)  # padding has no place; any index will do
+        return {"places": places, "weight": weight}
 
     def views(self, lm, batch, states, drawn):
-        # One gather, so that the backward pass fills one tensor of the states' size, not four.
-        before, last, first, final = self.gather(states, drawn["places"])
-        context = (before - first) + (final - last)
-        patch = last - before
-        return Views(self.predict(context), patch, noise_floor(last, states.dtype))
+        # One gather, so that the backward pass allocates one gradient of the states, not four.
+        h_before, h_b, h_start, h_end = self.gather(states, drawn["places"])
+        context = (h_before - h_start) + (h_end - h_b)
+        patch = h_b - h_before
+        return Views(context, patch, noise_floor(h_b, states.dtype))
 
 
-def choose_fragments(uniform, idx, doc_token):
+def choose_fragments(uniform, document):
     """A document fragment for each span, from a uniform number (B, S) for each.
 
-    idx (B, T): rows of text. A fragment of L tokens is chosen with probability proportional to L
-    among those with at least three. Returns start, end (int64) and weight (float32), all (B, S);
-    start and end count through all rows. Weight 0 marks a row without such a fragment.
+    document (B, T): the number of the fragment that each token of a row of text lies in. A fragment
+    of L tokens is chosen with probability proportional to L among those with at least three.
+    Returns start, end (int64) and weight (float32), all (B, S); start and end count through all
+    rows. Weight 0 marks a row without such a fragment.
     """
-    B, T = idx.shape
-    first, last = document_fragments(idx, doc_token)
-    ordinal = (last - first >= 2).cumsum(1)  # the n-th token of a long enough fragment has n here
+    B, T = document.shape
+    first, last = document_fragments(document)
+    ordinal = (last - first >= 2).cumsum(1)  # tokens of long enough fragments so far
     count = ordinal[:, -1:]
-    pick = torch.searchsorted(ordinal, (uniform * count).long() + 1).clamp(max=T - 1)
+    pick = torch.searchsorted(ordinal, (uniform * count).long() + 1)
+    pick = pick.clamp(max=T - 1)  # of a row of weight 0
     row = torch.arange(B)[:, None] * T
     weight = (count > 0).expand(uniform.shape).float()
     return row + first.gather(1, pick), row + last.gather(1, pick), weight
 
 
-def document_fragments(idx, doc_token):
-    """First and last position (B, T) of the document fragment that each token of idx lies in.
-
-    A fragment begins at the row's first token and at every document marker. doc_token None: the
-    whole row is one fragment.
-    """
-    B, T = idx.shape
+def document_fragments(document):
+    """First and last position (B, T) of the fragment that each token lies in, from its number."""
+    B, T = document.shape
     position = torch.arange(T).expand(B, T)
-    if doc_token is None:
-        return torch.zeros_like(position), torch.full_like(position, T - 1)
-    is_first = (idx == doc_token) | (position == 0)
+    is_first = document.diff(dim=1, prepend=torch.full((B, 1), -1)) != 0
     first = torch.where(is_first, position, 0).cummax(1).values
     # A fragment ends before the next one begins, or with the row.
     is_last = torch.cat((is_first[:, 1:], torch.ones(B, 1, dtype=torch.bool)), 1)
@@ -88,7 +92,8 @@ def place_spans(uniform, start, end, max_span_frac):
     """One span a..b (int64, any shape) in each start..end, from two uniform numbers (..., 2).
 
     With L tokens from start to end, the length is uniform in 1..min(max(1, max_span_frac * L),
-    L - 2), and the place is uniform given the length, so that start < a <= b <= end.
+    L - 2), so that the context is never empty, and the place is uniform given the length. So
+    start < a <= b <= end.
     """
     L = end - start + 1
     longest = (max_span_frac * L.double()).long().clamp(min=1)

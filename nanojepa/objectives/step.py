@@ -27,7 +27,7 @@ class Step(Pair):
 
 class StepEnds(NamedTuple):
     first: int  # the character after Step 1 and the blank line that ends it
-    second: int  # the same of Step 2
+    second: int  # the character after Step 2 and its blank line
 
 
 def find_steps(text):
