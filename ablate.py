@@ -7,7 +7,6 @@
     python ablate.py --baseline "JEPA_LAMBDA=0 ITERATIONS=300" --budget steps \\
         --arm "JEPA_LAMBDA=0.1 ITERATIONS=200"                                          no twins
     python ablate.py --script finetune.py --config FILE --arms lbd=0.1,1 --evaluate test.jsonl
-    python ablate.py plot logs/RUN ... [--out curves.png]               loss curves of any runs
     python ablate.py best ablations/NAME --over JEPA_LAMBDA             arms for a next grid
 
 Other flags are the script's, the same for all runs. A twin is an arm without the settings of its
@@ -16,7 +15,8 @@ the run's seed, for example INIT_FROM=logs/other-seed{seed}. best prints, of arm
 one setting alone, the one with the best mean.
 
 Runs are interleaved: all arms of a seed, then the next seed, so drift of the machine hits all
-alike. The same command again continues a stopped grid and tries failed runs again.
+alike. The same command again continues a stopped grid, each run from its newest checkpoint, and
+tries failed runs again.
 
 The paired t-test decides, two-sided, Holm-corrected over the arms. Wilcoxon's test stands beside
 it; below 8 seeds its p can't go under 0.01. table.md, ablation.png and result.json are written to
@@ -37,7 +37,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from datetime import timedelta
 from pathlib import Path
-from statistics import fmean
 from typing import NamedTuple
 
 import yaml
@@ -414,7 +413,7 @@ def run_grid(argv):
     began = time.perf_counter()
     for n, run in enumerate(execute_all(left, args), 1):
         rest = timedelta(seconds=round((time.perf_counter() - began) / n * (len(left) - n)))
-        said = f"{run.arm.label}, seed {run.seed}: {outcome(run, runs, metrics[0])}"
+        said = f"{run.arm.label}, seed {run.seed}: {outcome(run, metrics[0])}"
         print(f"{n} of {len(left)} runs, {rest} left: {said}", flush=True)
         # A metric that isn't there is found out now, not after the last run.
         if sum(run.result() is not None for run in runs) >= len(arms):
@@ -425,17 +424,13 @@ def run_grid(argv):
     return first.arms
 
 
-def outcome(run, runs, metric):
-    """What a run that ended has come to, and the mean of its arm's runs so far."""
+def outcome(run, metric):
+    """What a run that ended has come to."""
     result = run.result()
     if result is None:
         return f"FAILED, see {run.log}"
     value = stats.number(result, metric)
-    if value is None:
-        return stats.lacking(result, metric)
-    values = [stats.number(other.result(), metric) for other in runs if other.arm == run.arm]
-    values = [other for other in values if other is not None]
-    return f"{metric} {value:.5g}, mean of {len(values)}: {fmean(values):.5g}"
+    return stats.lacking(result, metric) if value is None else f"{metric} {value:.5g}"
 
 
 def report(arms, runs, args, argv, metrics, out):
@@ -478,10 +473,7 @@ def draw(runs, found, args, path):
 
 def read_log(folder):
     """The rows of a run's metrics.jsonl."""
-    file = Path(folder) / "metrics.jsonl"
-    if not file.is_file():
-        raise ValueError(f"{folder}: no metrics.jsonl in it")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def parse_flags(argv):
@@ -518,16 +510,7 @@ def parse_flags(argv):
     return args, flags
 
 
-# ---------------------------------------------------------------------------------- other commands
-
-
-def plot(argv):
-    parser = argparse.ArgumentParser(prog="ablate.py plot", description="loss curves of runs")
-    parser.add_argument("runs", nargs="+", help="folders in logs/")
-    parser.add_argument("--out", default="curves.png", help="the picture (default: curves.png)")
-    args = parser.parse_args(argv)
-    plots.draw_curves(args.out, {Path(run).name: read_log(run) for run in args.runs})
-    print(f"result: {args.out}")
+# ------------------------------------------------------------------------------------ a next grid
 
 
 def best(argv):
@@ -562,10 +545,9 @@ def best_arms(table, over):
 @one_line_errors()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"plot": plot, "best": best}
     try:
-        if argv and argv[0] in commands:
-            commands[argv[0]](argv[1:])
+        if argv[:1] == ["best"]:
+            best(argv[1:])
         else:
             run_grid(argv)
     except KeyboardInterrupt:

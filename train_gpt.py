@@ -319,7 +319,7 @@ class Run:
     model: GPT
     objective: Any  # an Objective, None without a term
     optimizers: list
-    compile: Any = eager  # or compiled: what it makes of a function, it calls
+    compile: Any = eager  # how its functions are called: eager or compiled
     began: float = 0.0  # time.perf_counter() of its start
 
     @property

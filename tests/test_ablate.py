@@ -388,7 +388,7 @@ def test_a_grid_is_stopped_and_continued(run, project, tmp_path, capsys, monkeyp
     twin, plain, failed, changed = run(*arms)
     printed, out = capsys.readouterr().out, project / "ablations" / "g"
     assert "3 of 4 runs, 0:00:" in printed and printed.count("FAILED, see") == 1
-    assert "seed 1: val_bpb 1.96, mean of 1: 1.96\n" in printed
+    assert "seed 1: val_bpb 1.96\n" in printed
     last = printed.strip().splitlines()[-1]
     assert last.startswith("result: val_bpb: too few seeds") and "no claim is possible" in printed
     means = [row["mean"] for row in (twin, plain, changed)]
@@ -421,9 +421,6 @@ def test_a_grid_is_stopped_and_continued(run, project, tmp_path, capsys, monkeyp
     log = (out / f"{folders[failed['arm']].name}.log").read_text()
     assert log.count("AssertionError") == 1 and log.count("train_gpt.py --") == 2  # both tries
     assert (out / "ablation.png").stat().st_size > 10_000
-    curves = tmp_path / "curves.png"
-    ablate.main(["plot", *map(str, list(folders.values())[:2]), "--out", str(curves)])
-    assert curves.stat().st_size > 10_000
 
 
 def test_runs_share_the_gpus_in_order(run, monkeypatch, capsys):
@@ -457,7 +454,7 @@ def test_runs_share_the_gpus_in_order(run, monkeypatch, capsys):
     assert gpus[:2] == ["3", "5"] and gpus.count("5") > 5  # the quick one makes the most
     printed = capsys.readouterr().out
     assert "8 of 8 runs, 0:00:00 left" in printed and printed.count("FAILED, see") == 2
-    assert [row["failed"] for row in rows] == [1, 1] and "mean of 3: 2.7667" in printed
+    assert [row["failed"] for row in rows] == [1, 1] and "val_bpb 4.1" in printed
 
 
 def test_an_edited_model_is_evaluated_by_its_own_source(run, project, tmp_path):
@@ -546,7 +543,6 @@ def test_the_best_arms_of_a_grid(tmp_path, capsys):
         ("--arm JEPA_LAMBDA=0.1 --seed 3", "--seed: every run gets its own"),
         ("--arm lbd=0.1 --script finetune.py --output_dir=x", "--output_dir: every run gets its"),
         ("--arm JEPA_LAMBDA=x", "'x' is not a valid float"),
-        ("plot .", "no metrics.jsonl in it"),
         ("best . --over x", "result.json: No such file"),
     ],
 )
