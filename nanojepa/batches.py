@@ -268,7 +268,7 @@ class PairData(DataFolder):
                 f"EVAL_STRIDE={cfg.eval_stride} is not used: pairs and groups are evaluated whole"
             )
         self.trunk_tokens = int(train.trunks().sum())
-        # The smallest document that something can be compared in bounds the pairs of a row.
+        # The shortest document limits how many pairs fit in a row.
         self.smallest = int(train.documents()[0].min())
         self.epoch = functools.lru_cache(maxsize=2)(self.shuffle)  # a step may lie in two epochs
         self.thread, self.ahead, self.last_objective = ThreadPoolExecutor(1), None, None
@@ -278,7 +278,7 @@ class PairData(DataFolder):
         asked = step, share, objective
         ready = self.ahead is not None and self.ahead[0] == asked
         result = self.ahead[1].result() if ready else self.read(*asked)
-        # A guess what will be asked next; if it is wrong, the step is packed again.
+        # Pack the step that probably comes next; if another one is asked for, that is thrown away.
         self.last_objective = objective or self.last_objective
         if self.cfg.jepa_ratio < 1:
             kept = keeps_term(self.cfg.seed, step + 1, self.cfg.jepa_ratio)
@@ -356,7 +356,7 @@ class PairData(DataFolder):
         return [View(trunk, len(text) + 2, document=0), View([self.doc_token, *second], 1)]
 
     def pack(self, examples, groups, share):
-        """The StepData of these Examples, of which examples with equal `groups` are one."""
+        """The StepData of these Examples, examples with the same group number count as one."""
         R, T = share.micro_rows, self.cfg.train_seq_len
         placed = place_examples(examples, R, T)
         # Every rank has the same number of micro-batches; the last ones may be empty.
@@ -369,7 +369,7 @@ class PairData(DataFolder):
         num_targets = sum(len(d.loss_on) for e in examples for d in e.documents)
         batches = []
         for items in held[share.rank :: share.world_size]:
-            room = R * (T // self.smallest)  # a step of training never exceeds it: one shape
+            room = R * (T // self.smallest)  # no step has more pairs, so all batches have one shape
             batch = fill_rows(items, R, T, self.doc_token, room)
             batch.num_targets = torch.tensor(float(num_targets))
             batch.total_items = max(1, num_pairs)
@@ -390,7 +390,7 @@ class PairData(DataFolder):
         """ValueError if an example doesn't fit an empty micro-batch."""
         R, T = share.micro_rows, self.cfg.train_seq_len
         for examples in self.sets.values():
-            # Upper bounds: whoever meets them fits, since first fit leaves nothing over up to here.
+            # Examples below this bound always fit, so only the others are tried.
             total = 2 * (examples.trunks() + (PRED_TOKENS + 3) * examples.counts())
             room = np.maximum(T, R * (T - examples.longest()))
             for e in np.flatnonzero(total > room):
@@ -420,7 +420,7 @@ class PairData(DataFolder):
 
 
 def visible_pairs(held, R, T):
-    """(query, key) pairs of micro-batches of Items; what is left of a row is a document too."""
+    """(query, key) pairs of micro-batches of Items; the unused end of a row is a document too."""
     padding, visible = np.full((len(held), R), T), 0
     for m, items in enumerate(held):
         for item in items:

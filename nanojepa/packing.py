@@ -128,7 +128,7 @@ class Example:
 class Batch:
     """One micro-batch.
 
-    idx, targets (R, T): int64, a target of -1 counts nothing. num_targets: of the whole step, an
+    idx, targets (R, T): int64, targets of -1 are ignored. num_targets: of the whole step, an
     int or a 0-dim float tensor. positions, ends (R, T): of packed rows (Document.write), None in
     rows of text. document (R, T): a number for each document or fragment of one, another for its
     branch, and -1 for filler. pairs (2, N): the places that the objective laid out, counted through
