@@ -18,9 +18,8 @@ Runs are interleaved: all arms of a seed, then the next seed, so drift of the ma
 alike. The same command again continues a stopped grid, each run from its newest checkpoint, and
 tries failed runs again.
 
-The paired t-test decides, two-sided, Holm-corrected over the arms. Wilcoxon's test stands beside
-it; below 8 seeds its p can't go under 0.01. table.md, ablation.png and result.json are written to
-ablations/NAME.
+The paired t-test decides, two-sided, Holm-corrected over the arms. table.md, ablation.png and
+result.json are written to ablations/NAME.
 """
 
 import argparse
@@ -294,11 +293,20 @@ def plan(args, flags, out):
         given = [flags_of(arm, seed, flags) for seed, arm in cells]
         files, found = read_settings(source, args.script, given)
         for (seed, arm), argv, settings in zip(cells, given, found, strict=True):
+            check_metric(args.metric, settings, arm.label)
             name = f"{args.name}-{name_run(arm, args.script, settings, source, files)}-seed{seed}"
             runs[seed, arm] = make_run(args, arm, seed, name, [source / args.script, *argv], out)
     runs = [runs[seed, arm] for seed in seeds for arm in arms]
     check_different(runs)
     return arms, runs
+
+
+def check_metric(metric, settings, label):
+    """ValueError if an arm, by its settings, will not have the metric."""
+    if "eval_loss" in metric.split(",") and not (settings["eval_file"] or settings["data_file"]):
+        raise ValueError(
+            f"{label} has no eval_loss: set eval_file or data_file, or choose --metric"
+        )
 
 
 def flags_of(arm, seed, flags):
@@ -401,8 +409,8 @@ def execute_all(runs, args):
 def run_grid(argv):
     """Make a grid, or what is missing of it; returns the rows of its first metric."""
     args, flags = parse_flags(argv)
-    script, out = SCRIPTS[args.script], ROOT / "ablations" / args.name
-    metrics = (args.metric or (script.evaluated if args.evaluate else script.metric)).split(",")
+    out = ROOT / "ablations" / args.name
+    metrics = args.metric.split(",")
     arms, runs = plan(args, flags, out)
     left = [run for run in runs if run.result() is None]
     print(
@@ -502,9 +510,11 @@ def parse_flags(argv):
     args, flags = parser.parse_known_args(argv)
     if not args.arms and not args.arm:
         raise ValueError("no arms: give --arms NAME=V,V or --arm NAME=V")
+    script = SCRIPTS[args.script]
+    args.metric = args.metric or (script.evaluated if args.evaluate else script.metric)
     if args.seeds < 1:
         raise ValueError(f"--seeds {args.seeds}: must be at least 1")
-    for own in ("seed", SCRIPTS[args.script].seed, SCRIPTS[args.script].place):
+    for own in ("seed", script.seed, script.place):
         if any(flag.split("=")[0] == f"--{own}" for flag in flags):
             raise ValueError(f"--{own}: every run gets its own; see --seeds, --first_seed, --name")
     return args, flags

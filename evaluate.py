@@ -142,7 +142,7 @@ def accuracy_of_run(args):
     train = ExampleSet(data.train, data.doc_token, data.separator, "train", data.paired)
     train = [[run.decode(v).decode() for v in train.views(e)] for e in range(len(train))]
     clean = [not any(seen) for seen in seen_in_train(train, test, "pairs")]
-    result = {"n": len(test), "n_clean": sum(clean)}
+    result = {"n": len(test), "n_clean": sum(clean), "test_sha256": sha256_file(args.data)}
     for name, hits in (("exact", exact), ("startswith", starts)):
         clean_hits = [hit for hit, is_clean in zip(hits, clean, strict=True) if is_clean]
         result[name] = sum(hits) / len(hits)

@@ -566,7 +566,8 @@ class Trainer:
         scores, log = evaluate(self.run, self.log, self.checkpoints), self.log
         if scores is None:
             return None
-        log.metrics(self.step, self.clock.passed, scores._asdict())
+        more = {"train_flops": self.flops}
+        log.metrics(self.step, self.clock.passed, scores._asdict(), more)
         if not math.isfinite(scores.val_loss):
             raise ValueError(
                 f"non-finite val_loss at step {self.step}: lower the learning rates or "

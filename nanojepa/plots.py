@@ -5,7 +5,7 @@ A picture's title says the answer. A log is the list of a run's rows in metrics.
 
 import textwrap
 from pathlib import Path
-from statistics import median_low
+from statistics import fmean, median_low
 from typing import NamedTuple
 
 import pandas
@@ -61,19 +61,23 @@ def draw_grid(path, found, logs, word="twin", objective=""):
     return title
 
 
-def draw_curves(path, logs):
-    """Draw the losses of runs, {label: log}: training as lines, validation as dots."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+def draw_scores(path, rows, metric, title):
+    """Draw the score of every seed of records, in the order of their dates, and their mean.
+
+    rows: (name, date, scores, whether it is a record, which is filled, or a tie).
+    """
+    figure = Figure(figsize=(max(5.5, 1.2 * len(rows)), 3.6), layout="constrained")
     axes = figure.subplots()
-    for n, (label, log) in enumerate(logs.items()):
-        for name in TRAINING + VALIDATION:
-            if points := curve(log, name):
-                style = "o--" if name in VALIDATION else "-"
-                axes.plot(*zip(*points.items(), strict=True), style, color=f"C{n}", label=label)
-                label = f"_{label}"  # the legend has one entry a run
-    axes.set(xlabel="step", ylabel="loss, nats per token")
-    if axes.lines:
-        axes.legend()
+    for x, (_, _, scores, is_record) in enumerate(rows):
+        color = "C0" if is_record else "0.6"
+        axes.plot([x] * len(scores), scores, "o", color=color, fillstyle="none", alpha=0.7)
+        axes.plot([x - 0.25, x + 0.25], [fmean(scores)] * 2, color=color, linewidth=2)
+    best = [(x, fmean(scores)) for x, (_, _, scores, is_record) in enumerate(rows) if is_record]
+    axes.step(*zip(*best, strict=True), where="post", color="C0", linewidth=0.8)
+    names = [f"{textwrap.fill(name, 14)}\n{date}" for name, date, _, _ in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    axes.set(ylabel=metric, xlim=(-0.5, len(rows) - 0.5))
+    figure.suptitle(textwrap.fill(title, 75), fontsize=10)
     figure.savefig(path, dpi=DPI)
 
 

@@ -1,7 +1,7 @@
 """What a run says while it trains: the console and the files of logs/<run_id>/.
 
 log.txt (sources, versions, every line) is for people. Programs read metrics.jsonl, config.yaml,
-environment.json and result.json.
+environment.json, result.json and source/.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -47,6 +48,9 @@ class RunLog:
         if resumed is None:
             for name, path in sources.items():
                 self.note(f"{LINE} {name}\n{path.read_text(encoding='utf-8')}")
+                copy = self.folder / "source" / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
         self.note(f"{LINE} environment\n{json.dumps(machine, indent=1)}\n{LINE} run")
         step = resumed.get("step", 0) if resumed else 0
         self.add_start({"step": step, **machine, "origin": origin})

@@ -1,6 +1,6 @@
 """What a grid of runs says: each arm against its twin over the seeds, tested and corrected.
 
-ablate.py makes the grids, leaderboard.py computes them again from stored runs. All p-values are
+ablate.py makes the grids, nanojepa/studies.py computes them again from stored runs. p-values are
 two-sided unless a function says otherwise; intervals hold 95%.
 """
 
@@ -19,9 +19,7 @@ PROGRAM = (
     *("dtype", "attn_implementation", "gradient_checkpointing", "memory_efficient", "fsdp"),
     *("train_batch_tokens", "train_seq_len", "grad_accum_steps", "batch_size", "grad_accum"),
 )
-HIGHER_IS_BETTER = {
-    *("exact", "startswith", "exact_clean", "startswith_clean", "accuracy", "probability")
-}
+HIGHER_IS_BETTER = {*("exact", "startswith", "exact_clean", "startswith_clean", "accuracy")}
 
 
 class Paired(NamedTuple):
@@ -32,7 +30,6 @@ class Paired(NamedTuple):
     low: float | None = None  # its 95% interval, of the t-test
     high: float | None = None
     p: float | None = None  # of the paired t-test
-    wilcoxon: float | None = None  # p of Wilcoxon's signed-rank test
     holm: float | None = None  # p of the t-test, corrected for the number of arms
 
 
@@ -83,8 +80,7 @@ def compare(twin, arm):
         return Paired(len(gains), mean, gains[0], gains[0], 1.0 if mean == 0 else None)
     test = stats.ttest_rel(arm, twin)
     low, high = test.confidence_interval(0.95)
-    wilcoxon = stats.wilcoxon(gains).pvalue
-    return Paired(len(gains), mean, *map(float, (low, high, test.pvalue, wilcoxon)))
+    return Paired(len(gains), mean, float(low), float(high), float(test.pvalue))
 
 
 def holm(p_values):
@@ -120,23 +116,22 @@ def wilson(hits, n):
     return stats.binomtest(hits, n).proportion_ci(method="wilson")
 
 
-def p_better(new, old, higher, margin=0.0):
+def p_better(new, old, higher):
     """One-sided p of Welch's t-test: the mean of `new` is better than that of `old`.
 
-    higher: whether higher is better. margin: by how much it must be better. None without a spread.
+    higher: whether higher is better. None if neither has a spread.
     """
-    if min(len(new), len(old)) < 2 or len(set(new)) == len(set(old)) == 1:
+    if len(set(new)) == len(set(old)) == 1:
         return None
-    sign = 1 if higher else -1
-    ours, theirs = [sign * x - margin for x in new], [sign * x for x in old]
-    return float(stats.ttest_ind(ours, theirs, equal_var=False, alternative="greater").pvalue)
+    direction = "greater" if higher else "less"
+    return float(stats.ttest_ind(new, old, equal_var=False, alternative=direction).pvalue)
 
 
-def p_below(values, limit):
-    """One-sided p of Student's t-test: the mean is below the limit. None without a spread."""
-    if len(set(values)) < 2:
-        return None
-    return float(stats.ttest_1samp(values, limit, alternative="less").pvalue)
+def prediction_interval(values):
+    """The 95% interval (low, high) of one more value from where these came from."""
+    center, spread, n = fmean(values), stdev(values), len(values)
+    half = stats.t.ppf(0.975, n - 1) * spread * (1 + 1 / n) ** 0.5
+    return float(center - half), float(center + half)
 
 
 # ---- a grid
@@ -291,7 +286,7 @@ def markdown_table(names, rows):
 def markdown(found, word="twin"):
     """A Summary as text: its line, a Markdown table, and a line for each value that isn't there."""
     names = ["arm", "n", found.metric, "sd", f"difference to the {word}", "95% interval"]
-    names += ["p (t, Holm)", "p (t)", "p (Wilcoxon)", "step time", "FLOPs", "failed"]
+    names += ["p (t, Holm)", "p (t)", "step time", "FLOPs", "failed"]
     parts = [f"{found.summary}."]
     parts.append("\n".join(markdown_table(names, [_cells(row, word) for row in found.arms])))
     for row in found.arms:
@@ -310,11 +305,11 @@ def _cells(row, word):
     interval = ""
     if paired.get("low") is not None:
         interval = f"{paired['low']:+.5f} .. {paired['high']:+.5f}"
-    p_values = [show(paired.get(name), ".3g") for name in ("holm", "p", "wilcoxon")]
+    p_values = [show(paired.get(name), ".3g") for name in ("holm", "p")]
     if row.get("refused"):
-        p_values = ["refused", "", ""]
+        p_values = ["refused", ""]
     elif paired and paired["n"] < LEAST_SEEDS:
-        p_values = [f"no claim: fewer than {LEAST_SEEDS} seeds", "", ""]
+        p_values = [f"no claim: fewer than {LEAST_SEEDS} seeds", ""]
     ratio = row.get("time_ratio")
     return [
         row["arm"] if row["twin"] else f"{row['arm']} ({word})",

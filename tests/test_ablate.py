@@ -132,6 +132,7 @@ def plan(project, flags=(), **changes):
     """(arms, runs) of these of ablate.py's flags."""
     given = dict(arms=["jepa_lambda=0.1"], arm=[], baseline=None, script=GPT, config=None)
     given |= dict(budget="steps=3", seeds=1, first_seed=1, name="n", evaluate=None, task=None)
+    given |= dict(metric="val_bpb")
     return ablate.plan(Namespace(**{**given, **changes}), list(flags), project / "out")
 
 
@@ -550,6 +551,14 @@ def test_misuse_is_one_line(project, flags, message):
     with pytest.raises(SystemExit, match=f"^error: .*{message}") as error:
         ablate.main(flags.split())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name, value", [("eval_file", "e.jsonl"), ("data_file", "d.jsonl")])
+def test_a_grid_whose_runs_have_no_eval_loss_is_refused(name, value):
+    ablate.check_metric("eval_loss", {"eval_file": "", "data_file": "", name: value}, "lbd=0.1")
+    ablate.check_metric("startswith", {"eval_file": "", "data_file": ""}, "lbd=0.1")
+    with pytest.raises(ValueError, match="lbd=0.1 has no eval_loss: set eval_file or data_file"):
+        ablate.check_metric("eval_loss", {"eval_file": "", "data_file": ""}, "lbd=0.1")
 
 
 # ---- the real trainers

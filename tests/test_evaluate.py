@@ -114,7 +114,7 @@ def test_accuracy_of_a_run_that_knows_its_pairs(trained, tmp_path):
     run, test = trained
     result = evaluated("accuracy", "--run", run, "--data", test)
     names = {"exact", "startswith", "exact_clean", "startswith_clean", "n", "n_clean", "seconds"}
-    assert result.keys() == names | {"exact_wilson95", "startswith_wilson95"}
+    assert result.keys() == names | {"exact_wilson95", "startswith_wilson95", "test_sha256"}
     assert result["exact"] == 6 / 8 and result["n"] == 8
     assert result["exact_wilson95"] == list(wilson(6, 8))
     assert result["n_clean"] == 1 and result["exact_clean"] == 0

@@ -17,8 +17,8 @@ from nanojepa.stats import (
     compare,
     holm,
     markdown,
-    p_below,
     p_better,
+    prediction_interval,
     smallest_in_grid,
     smallest_visible,
     summarise,
@@ -54,7 +54,7 @@ PAIRS = st.lists(st.tuples(st.floats(-5, 5), st.floats(-5, 5)), min_size=3, max_
 
 
 @given(PAIRS.filter(lambda pairs: len({round(b - a, 6) for a, b in pairs}) > 2))
-@settings(deadline=None, max_examples=15)  # Wilcoxon's test of tied values is slow
+@settings(deadline=None, max_examples=40)
 def test_paired_comparison_is_the_textbook_s(pairs):
     twin, arm = zip(*pairs, strict=True)
     found, d, n = compare(twin, arm), np.subtract(arm, twin), len(pairs)
@@ -73,9 +73,6 @@ def test_comparison_of_few_or_equal_seeds():
     assert compare([1.0], [2.0]) == Paired(1, 1.0)
     assert compare([1.0, 2.0], [1.0, 2.0]).p == 1.0
     assert compare([1.0, 2.0], [2.0, 3.0]).p is None
-    for n in (7, 8):  # what ablate.py's help says of Wilcoxon's test
-        arm = [1 + 0.1 * i for i in range(n)]
-        assert (compare([0.0] * n, arm).wilcoxon < 0.01) == (n == 8)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,12 +117,19 @@ def test_wilson_s_interval_holds_its_share():
             assert bound in (0, 1) or z == pytest.approx(scipy_stats.norm.ppf(0.975))
 
 
-def test_one_sided_tests_ask_for_the_better_direction():
+def test_a_one_sided_test_asks_for_the_better_direction():
     low, high = [1.0, 1.1, 1.2], [2.0, 2.1, 2.3]
     assert p_better(low, high, higher=False) < 0.01 < 0.99 < p_better(low, high, higher=True)
-    assert p_better(low, high, False, margin=2.0) > 0.99
-    assert p_better([1.0], high, False) is p_better([1.0, 1.0], [2.0, 2.0], False) is None
-    assert p_below(low, 2.0) < 0.01 < 0.99 < p_below(high, 1.0) and p_below([1.0, 1.0], 2) is None
+    assert p_better([1.0, 1.0], [2.0, 2.0], higher=False) is None
+
+
+def test_one_more_value_lies_in_the_interval_19_times_in_20():
+    draws = np.random.default_rng(0).normal(3, 0.5, (4000, 6))
+    inside = 0
+    for *values, one_more in draws.tolist():
+        low, high = prediction_interval(values)
+        inside += low <= one_more <= high
+    assert inside / len(draws) == pytest.approx(0.95, abs=0.014)  # four standard errors
 
 
 def test_a_planted_gain_is_found_and_a_planted_null_is_not():
@@ -223,7 +227,7 @@ def test_runs_made_differently_are_not_compared():
     assert rows[1]["mean"] == pytest.approx(0.9) and "no claim" not in line
     assert rows[3]["paired"]["holm"] == rows[3]["paired"]["p"]  # corrected for one comparison
     table = markdown(found)
-    assert "| jepa_lambda=0.1 | 3 | 0.9 | 0 |  |  | refused |  |  |  |" in table
+    assert "| jepa_lambda=0.1 | 3 | 0.9 | 0 |  |  | refused |  |  |" in table
     for weight, reason in zip(("0.1", "0.2"), why, strict=True):
         note = f"jepa_lambda={weight}: refused, not compared with jepa_lambda=0: {reason};"
         assert note in table
@@ -332,9 +336,3 @@ def test_an_arm_that_is_far_off_doesn_t_squash_the_others():
     assert [arm.far for arm in drawn] == [False, False, True]
     assert low < -smallest < smallest < high < 1
     assert [text.get_text() for text in axes.texts] == ["+8.1"]
-
-
-def test_loss_curves_show_each_run_once(tmp_path):
-    rows = [{"step": s, "train_loss": 1 / s, "val_loss": 2 / s} for s in range(1, 9)]
-    plots.draw_curves(tmp_path / "curves.png", {"a": rows, "b": rows[::2], "c": []})
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
