@@ -31,7 +31,7 @@ from nanojepa.eval.predictions import open_output
 from nanojepa.eval.tasks import TASKS, answer_of, is_right, read_questions
 from nanojepa.examples import ExampleSet
 from nanojepa.files import one_line_errors, progress, sha256_file
-from nanojepa.hf.chat import Chat, remove_thinking
+from nanojepa.hf.chat import DATE, Chat, remove_thinking
 from nanojepa.objectives import OBJECTIVES
 from nanojepa.records import full_views, read_jsonl, seen_in_train
 from nanojepa.settings import load_settings, read_yaml
@@ -218,15 +218,15 @@ def folder_of(args):
 
 
 def text_settings(folder):
-    """(dataset.plain, dataset.remove_thinking) of finetune.py's config.yaml in a model's folder.
+    """(dataset.plain, remove_thinking, date) of finetune.py's config.yaml in a model's folder.
 
     Its defaults, if there is none or another program's.
     """
     try:
         data = read_yaml(Path(folder) / "config.yaml")["dataset"]
-        return bool(data["plain"]), bool(data["remove_thinking"])
+        return bool(data["plain"]), bool(data["remove_thinking"]), str(data.get("date", DATE))
     except (ValueError, TypeError, KeyError):
-        return False, True
+        return False, True, DATE
 
 
 def open_chat(args, dtype, plain):
@@ -234,7 +234,7 @@ def open_chat(args, dtype, plain):
     from nanojepa.hf.model import open_model  # slow to import
 
     loaded = open_model(args.model, dtype, args.trust_remote_code)
-    return loaded.model, Chat(loaded.tokenizer, plain)
+    return loaded.model, Chat(loaded.tokenizer, plain, text_settings(args.model)[2])
 
 
 def views_of_model(args):
@@ -269,7 +269,7 @@ def accuracy_of_model(args):
 def describe(args, task):
     """The header of a file of predictions: all that they depend on."""
     folder = Path(args.model)
-    plain, removes_thinking = text_settings(folder)
+    plain, removes_thinking, date = text_settings(folder)
     files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".bin")]
     weights = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return {
@@ -280,6 +280,7 @@ def describe(args, task):
         "dtype": args.dtype or ("bf16" if torch.cuda.is_available() else "float32"),
         "plain": args.plain or plain,
         "remove_thinking": removes_thinking,
+        "date": date,
         "tokens": args.tokens,
         "databases": args.databases,
     }

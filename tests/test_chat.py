@@ -43,10 +43,13 @@ def test_places_are_those_of_the_texts(chats, data):
     # Llama's template strips texts.
     said = assistant.strip() if kind == "llama" and not plain else assistant
     assert turns.said == said
-    assert decode([turns.tokens[n] for n in turns.assistant]) == said
-    answer = turns.tokens[turns.assistant[0] :]
-    assert decode(answer) == said + chat.tokenizer.eos_token and answer[-1] == chat.end
-    assert turns.tokens[: turns.assistant[0]] == chat.prompt(system, user)
+    answer = [turns.tokens[n] for n in turns.labels]
+    # NeoX's template writes a blank, which a token may share with the text.
+    blank = " " * (kind == "neox" and not plain)
+    assert decode([turns.tokens[n] for n in turns.assistant]) in (said, blank + said)
+    assert decode(answer) == blank + said + chat.tokenizer.eos_token and answer[-1] == chat.end
+    short = chat.conversation(system, user, "a")
+    assert short.tokens[: short.labels.start] == chat.prompt(system, user)
     before = decode(turns.tokens[: turns.user[-1] + 1])
     assert before.rstrip().endswith(user.rstrip()) or before.endswith(user.strip())
     if system and (kind != "llama" or plain):
@@ -67,7 +70,8 @@ def test_the_end_of_the_turn_need_not_be_the_tokenizer_s_end_token():
     """As in base models with a chat template: the turn's own end token is trained, both stop."""
     chat = Chat(hf.make_tokenizer("qwen", eos_token="<|endoftext|>"))
     end = chat.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert chat.conversation(None, "a", "b").tokens[-1] == chat.end == end
+    turns = chat.conversation(None, "a", "b")
+    assert turns.tokens[turns.labels[-1]] == chat.end == end
     assert chat.stop_tokens == sorted([end, chat.tokenizer.eos_token_id])
 
 
@@ -84,10 +88,19 @@ def test_plain_texts_need_no_template():
     assert chat.turns([("assistant", "so")]).tokens == [start, *chat.encode("so"), end]
 
 
-def test_the_template_s_generation_prompt_is_compared(chats):
-    """NeoX's prompt ends in "Answer:"; in a conversation " " follows before the text."""
-    differs = {kind: chats[kind, False].prompt_differs for kind in hf.KINDS}
-    assert differs == {"llama": False, "qwen": False, "neox": True}
+def test_the_assistant_writes_all_that_follows_the_generation_prompt(chats):
+    """NeoX's prompt ends in "Answer:", so the blank before the text is generated too."""
+    decode = chats["neox", False].tokenizer.decode
+    assert decode(chats["neox", False].prompt(None, "Why?")) == "Question: Why?\nAnswer:"
+    assert not any(chat.prompt_differs for chat in chats.values())
+    without = hf.make_tokenizer("qwen")
+    without.chat_template = hf.TEMPLATES["qwen"].split("{% if add")[0]
+    other = hf.make_tokenizer("qwen")
+    other.chat_template = hf.TEMPLATES["qwen"].replace("assistant\n{% endif", "bot\n{% endif")
+    for tokenizer in (without, other):
+        chat = Chat(tokenizer)
+        assert chat.prompt_differs
+        assert tokenizer.decode(chat.prompt(None, "Why?")).endswith("<|im_start|>assistant\n")
 
 
 def test_templates_that_rewrite_are_refused():

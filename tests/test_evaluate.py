@@ -1,6 +1,7 @@
 """evaluate.py: accuracy, similarity and samples of a run, and of Hugging Face models."""
 
 import contextlib
+import copy
 import io
 import json
 import shutil
@@ -19,7 +20,7 @@ from databases import make_pets
 from hf import make_folder, make_model, make_tokenizer, write_messages
 from nanojepa.eval import generation, similarity
 from nanojepa.eval.predictions import open_output
-from nanojepa.hf.chat import Chat
+from nanojepa.hf.chat import DATE, Chat
 from nanojepa.records import Record, prepare_pairs
 from nanojepa.settings import as_dict
 from nanojepa.stats import wilson
@@ -303,7 +304,8 @@ def test_generation_ends_at_the_first_stop_token(loaded):
     prompts = [chat.prompt(None, QUESTIONS[n]) for n in (0, 2)]
     full = generation.generate(model, chat, prompts[:1], 12)[0, len(prompts[0]) :].tolist()
     # It is no special token, so decoding would keep it.
-    stops = SimpleNamespace(tokenizer=chat.tokenizer, stop_tokens=[full[4]])
+    stops = copy.copy(chat)
+    stops.stop_tokens = [full[4]]
     new = generation.generate(model, stops, prompts, 12)[0, -12:].tolist()
     kept = full[: full.index(full[4])]
     assert generation.text_of(stops, new) == chat.tokenizer.decode(kept)
@@ -327,7 +329,8 @@ def test_choice_is_the_likeliest_letter(loaded, monkeypatch):
         logits = [model(torch.tensor([prompt])).logits[0, -1, tokens] for prompt in prompts]
     best = [string.ascii_letters[row.argmax()] for row in logits]
     assert generation.choose_letters(model, chat, prompts) == best and len(set(best)) > 1
-    one = SimpleNamespace(encode=lambda letter: [1, ord(letter)])
+    one = copy.copy(chat)
+    one.conversation = lambda *_: chat.conversation(None, "?", "A")
     with pytest.raises(ValueError, match="can't choose"):
         generation.choose_letters(model, one, prompts)
 
@@ -470,7 +473,9 @@ def test_settings_of_the_folder_are_followed(loaded, said, tmp_path):
     assert accuracy("4") == 0
     for foreign in ("", "dataset: 7", "other: true", "dataset: {plain: ["):
         config.write_text(foreign)
-        assert evaluate.text_settings(folder) == (False, True)
+        assert evaluate.text_settings(folder) == (False, True, DATE)
+    config.write_text("dataset: {plain: false, remove_thinking: true, date: '1999-12-31'}")
+    assert evaluate.text_settings(folder) == (False, True, "1999-12-31")
 
 
 def test_a_prompt_that_fills_the_window_is_named(folder, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def write(kind, system, user, assistant):
     """(text before the user's, the user's, text between, the assistant's, the end token)."""
     if kind == "neox":  # it has no system role, so that message is merged into the user's
         user = f"{system}\n\n{user}" if system else user
-        return "Question: ", user, "\nAnswer: ", assistant, "<|endoftext|>"
+        return "Question: ", user, "\nAnswer:", " " + assistant, "<|endoftext|>"
     begin, header, close = WRITTEN[kind]
     if system:
         begin += header.format("system") + system + close
@@ -131,7 +131,7 @@ def write(kind, system, user, assistant):
 def write_alone(kind, role):
     """The text before a message in a conversation of its own."""
     if kind == "neox":
-        return {"user": "Question: ", "assistant": " "}[role]
+        return {"user": "Question: ", "assistant": ""}[role]
     begin, header, _ = WRITTEN[kind]
     return begin + header.format(role)
 
@@ -163,13 +163,23 @@ class Reference:
         if self.cfg.training.step_jepa:
             one, two, *_ = answer.split("\n\n")
             context = self.encode(before + user + between)
-            return [(context, self.encode(one + "\n\n")), (alone, self.encode(two + "\n\n"))]
+            a, b = (context, self.encode(one + "\n\n")), (alone, self.encode(two + "\n\n"))
+            return [self.begin_after_blank(*a), b]
         if self.cfg.dataset.views == "prefix":
-            return [(self.encode(before), self.encode(user)), (alone, self.encode(answer))]
-        texts = (("user", record[1]), ("assistant", record[2]))
-        return [
-            (self.encode(write_alone(self.kind, role)), self.encode(text)) for role, text in texts
-        ]
+            _, text = self.begin_after_blank([], self.encode(answer))
+            return [(self.encode(before), self.encode(user)), (alone, text)]
+        user = self.encode(write_alone(self.kind, "user")), self.encode(record[1])
+        lead = self.encode(write_alone(self.kind, "assistant"))
+        return [user, self.begin_after_blank(lead, self.encode(answer))]
+
+    def begin_after_blank(self, lead, text):
+        """A view's lead and text: a blank that the template writes before it is none of it.
+
+        If one token holds both, it belongs to the text.
+        """
+        if self.tokenizer.decode(text[:1]) == " ":
+            return [*lead, text[0]], text[1:]
+        return lead, text
 
     def views(self, record):
         """The two states of a pair."""
@@ -1073,8 +1083,8 @@ CHANGES = {
 ELSEWHERE = """
 model.name model.cache_dir model.trust_remote_code dataset.train_file dataset.data_file
 dataset.eval_split dataset.split_seed dataset.max_items dataset.max_eval_items dataset.config_name
-dataset.train_split dataset.remove_thinking dataset.cache_dir dataset.preprocess_num_proc
-dataset.tokenize_num_proc dataset.tokenize_batch_size training.output_dir training.lbd
+dataset.train_split dataset.remove_thinking dataset.date dataset.cache_dir
+dataset.preprocess_num_proc dataset.tokenize_num_proc dataset.tokenize_batch_size training.output_dir training.lbd
 training.additive_mask training.gamma training.track_flop training.fsdp training.resume
 """
 

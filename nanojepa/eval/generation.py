@@ -31,7 +31,8 @@ def generate(model, chat, prompts, limit, **options):
 
 def choose_letters(model, chat, prompts):
     """For each prompt, which of LETTERS is the likeliest to continue it."""
-    letters = [chat.encode(letter)[0] for letter in LETTERS]
+    turns = [chat.conversation(None, "?", letter) for letter in LETTERS]
+    letters = [turn.tokens[turn.assistant[0]] for turn in turns]
     if len(set(letters)) < len(letters):
         raise ValueError(
             f"the tokenizer begins two of the letters A to D with one token ({letters}), so the "
@@ -42,19 +43,25 @@ def choose_letters(model, chat, prompts):
 
 
 def text_of(chat, tokens):
-    """The text of generated tokens up to the first that stops."""
+    """The text of generated tokens, after the turn's header and up to the first that stops."""
     stops = (n for n, token in enumerate(tokens) if token in chat.stop_tokens)
     tokens = tokens[: next(stops, len(tokens))]
+    header, _ = chat.encode_all([chat.header])
+    if tokens[: len(header)] == header:
+        tokens = tokens[len(header) :]
     # Cleaning up would rewrite " ." as ".".
     return chat.tokenizer.decode(
         tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    ).removeprefix(chat.header)
 
 
 @torch.no_grad()
 def predict(model, chat, questions, tokens, batch_size):
     """Yield (questions, the model's texts), a batch at a time, the longest prompts first."""
-    prompts = {q.line: chat.prompt(q.system, q.user) for q in questions}
+    prompts = {}
+    for q in questions:
+        start = chat.before_text if TASKS[q.task].chooses else chat.prompt
+        prompts[q.line] = start(q.system, q.user)
     window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for line, prompt in prompts.items():
         if len(prompt) >= window:

@@ -79,7 +79,9 @@ def messages(record, chat, data):
             )
     turns = chat.conversation(record.system, user, assistant)
     trunk = turns.tokens[: data.max_length]
-    labels = range(1 if data.train_all else turns.assistant[0], len(trunk))
+    labels = range(1, len(trunk))
+    if not data.train_all:
+        labels = range(turns.labels.start, min(turns.labels.stop, len(trunk)))
     if not labels:
         return None
     last = min(turns.assistant[-1], len(trunk) - 1)
@@ -104,7 +106,8 @@ def meaning(chat, turns, user, assistant, views):
         return
     a, b = chat.turns([("user", user)]), chat.turns([("assistant", assistant)])
     # A conversation that begins with view A encodes it anyway.
-    begins = turns.tokens[: len(a.tokens)] == a.tokens
+    turn = [*a.tokens[: a.user.stop], *a.user_tail]
+    begins = turns.tokens[: len(turn)] == turn
     yield (
         View(a.tokens[: a.user.stop], a.user[0], a.user_tail, document=0 if begins else None),
         View(b.tokens[: b.assistant.stop], b.assistant[0], b.assistant_tail),
@@ -119,11 +122,10 @@ def first_steps(chat, turns):
     ends = find_steps(turns.said)
     if ends is None:
         return []
-    _, (first,) = chat.encode_places(turns.said, [(0, ends.first)])
-    begin = turns.assistant[0]
+    first = turns.holding(turns.said_at, turns.said_at + ends.first)
     second = chat.encode(turns.said[ends.first : ends.second])
     return [
-        View(turns.tokens[: begin + first.stop], begin, document=0),
+        View(turns.tokens[: first.stop], first.start, document=0),
         View([chat.start, *second], 1),
     ]
 
@@ -187,7 +189,12 @@ def prepare(source, chat, data, objective=None):
             f"raise dataset.max_length={data.max_length}"
         )
     whole = [examples[n] for n in kept]
-    return Prepared(whole, kept, summarize(source.name, whole, count - len(kept), data.max_length))
+    summary = summarize(source.name, whole, count - len(kept), data.max_length)
+    texts = ("\n".join([r.system or "", *r.views]) for r in source.records)
+    spelled = sum(bool(chat.control.search(text)) for text in texts)
+    if spelled:
+        summary += f"; {spelled:,} with the spelling of a control token, encoded as plain text"
+    return Prepared(whole, kept, summary)
 
 
 def set_task(task):

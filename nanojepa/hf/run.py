@@ -146,7 +146,7 @@ def make_trainer(cfg, say=print):
     """The JepaTrainer of a Config, with its model and its packed examples."""
     set_seed(cfg.general.finetune_seed)
     base = read_base(cfg)
-    chat = Chat(base.tokenizer, cfg.dataset.plain)
+    chat = Chat(base.tokenizer, cfg.dataset.plain, cfg.dataset.date)
     objective = make_objective(cfg, base.config, base.preds, cfg.model.name)
     examples = make_examples(cfg, chat, objective, say)
     for line in notes(cfg, chat):
@@ -170,6 +170,11 @@ def make_examples(cfg, chat, objective, say):
     """{"train": Examples, "eval": Examples, or none} of these settings."""
     examples = {"train": [], "eval": []}
     for name, source in read_sources(cfg.dataset).items():
+        if not chat.takes_system and any(record.system for record in source.records):
+            say(
+                f"{name}: the chat template takes no system message; each stands at the beginning "
+                "of the user's text"
+            )
         if source.records:
             examples[name], _, summary = prepare(source, chat, cfg.dataset, objective)
             say(f"{name}: {summary}")
@@ -192,6 +197,8 @@ def notes(cfg, chat):
             "the template's generation prompt is not what precedes the assistant's text in a "
             "conversation; generate from the latter, as evaluate.py does"
         )
+    if chat.clock.read:
+        yield f"the chat template writes the date: dataset.date={cfg.dataset.date} on every day"
     if t.memory_efficient and cfg.distance in ACROSS_PAIRS:
         yield (
             f"memory_efficient: {cfg.distance} needs a micro-batch's views at once, so it stays "

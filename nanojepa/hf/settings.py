@@ -3,11 +3,13 @@
 The comment of a setting is its documentation, and its type holds the values it may take.
 """
 
+import datetime
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
+from nanojepa.hf.chat import DATE
 from nanojepa.objectives import OBJECTIVES
 from nanojepa.objectives.distance import DISTANCES
 from nanojepa.settings import Fraction, Natural, NonNegative, OneOf, OrBool, Positive, Range
@@ -21,6 +23,17 @@ ALIASES = {
     "trainall": "dataset.train_all",
     "wandb": "general.use_wandb",
 }
+
+
+class IsDate(NamedTuple):
+    """A date as 2024-07-26."""
+
+    def wrong(self, value):
+        try:
+            datetime.date.fromisoformat(value)
+        except ValueError:
+            return f"must be a date as {DATE}"
+        return ""
 
 
 @dataclass
@@ -76,6 +89,8 @@ class Data:
     # Drop <think> and <Thought> passages of the assistant's text. Of <Output> and <Answer> only
     # the tags go.
     remove_thinking: bool = True
+    # What a chat template that writes the day is told, today and on any other day.
+    date: Annotated[str, IsDate()] = DATE
     cache_dir: str = ""  # folder of downloaded datasets
     preprocess_num_proc: Natural = 0  # no effect; the processes that tokenise clean the texts too
     tokenize_num_proc: Natural = 0  # processes that tokenise; 0: one for 1,000 examples
