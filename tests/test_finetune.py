@@ -1084,8 +1084,9 @@ ELSEWHERE = """
 model.name model.cache_dir model.trust_remote_code dataset.train_file dataset.data_file
 dataset.eval_split dataset.split_seed dataset.max_items dataset.max_eval_items dataset.config_name
 dataset.train_split dataset.remove_thinking dataset.date dataset.cache_dir
-dataset.preprocess_num_proc dataset.tokenize_num_proc dataset.tokenize_batch_size training.output_dir training.lbd
-training.additive_mask training.gamma training.track_flop training.fsdp training.resume
+dataset.preprocess_num_proc dataset.tokenize_num_proc dataset.tokenize_batch_size
+training.output_dir training.lbd training.additive_mask training.gamma training.track_flop
+training.fsdp training.resume
 """
 
 
