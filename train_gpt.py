@@ -10,6 +10,7 @@ Shapes: B rows, T tokens, D width, V vocabulary.
 """
 
 import functools
+import json
 import math
 import os
 import re
@@ -46,6 +47,7 @@ from nanojepa.settings import (
     check_ranges,
     load_settings,
 )
+from nanojepa.show import show
 from nanojepa.weights import OBJECTIVE_FILE, load_weights
 
 ROOT = Path(__file__).resolve().parent
@@ -153,6 +155,7 @@ class Config:
     resume: str = ""
     run_id: str = ""  # name of the folder in logs/; default: date, time and seed
     wandb: bool = False  # log to Weights & Biases too; WANDB_MODE=offline needs no login
+    show: Natural = 0  # show so many rows or examples of the first step, then counts, and stop
 
     # ---- machine
     seed: Natural = 1337  # of weights, data order and draws
@@ -800,11 +803,28 @@ def describe(run):
     return lines
 
 
+def show_data(cfg):
+    """Print what is trained and compared in the first rows or examples, and the counts."""
+    rank, world_size, device = start_process()
+    data = open_data(cfg)
+    share = divide_batch(cfg, rank, world_size, device, data.least_micro_batches)
+    objective = build_objective(cfg, data, "cpu") if cfg.jepa_lambda else None
+    if rank == 0:
+        for warning in data.warnings:
+            print(warning, file=sys.stderr)
+        show(data.first_examples(cfg.show, share, objective), data.spelling(), print)
+        print(json.dumps(data.counts()))
+
+
 @one_line_errors()
 @record
 def main():
     try:
-        train_gpt(*load_settings(Config, sys.argv[1:], os.environ, description=__doc__))
+        loaded = load_settings(Config, sys.argv[1:], os.environ, description=__doc__)
+        if loaded.config.show:
+            show_data(loaded.config)
+        else:
+            train_gpt(*loaded)
     except (ValueError, OSError):
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # all ranks fail here: let rank 0 say it, whose exit ends the others

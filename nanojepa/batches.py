@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import os
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ def open_data(cfg):
     # If the nodes share a disk, the first rank prepares for all of them.
     for first in (rank == 0, local_rank == 0):
         if embedded and first and not folder.exists():
-            print(f"no data on disk: preparing {cfg.data_path}", flush=True)
+            print(f"no data on disk: preparing {cfg.data_path}", file=sys.stderr)
             EMBEDDED[cfg.data_path](folder)
         if dist.is_initialized():
             dist.barrier()
@@ -231,6 +232,32 @@ class TokenData(DataFolder):
         """Lines for the log of a run that is about to begin."""
         return [*self.warnings, f"{sum(map(len, self.train)):,} train tokens"]
 
+    def first_examples(self, count, share, objective):
+        """The first rows of a run as Examples, each with its last target at its end."""
+        idx, targets = self.rows(0, share.rows, 0, min(count, share.rows))
+        layout = objective.layout if objective else lambda texts: Example(texts.documents)
+        return [
+            layout(self.texts([*row, last]))
+            for row, last in zip(idx.tolist(), targets[:, -1].tolist(), strict=True)
+        ]
+
+    def texts(self, tokens):
+        """The Texts of a row; its regions are the documents that spans are drawn in."""
+        starts = [n for n, token in enumerate(tokens) if token == self.doc_token]
+        if not self.cfg.jepa_doc:
+            starts = []
+        bounds = sorted({0, *starts, len(tokens) - 1})
+        regions = [((0, a), (0, b - 1)) for a, b in itertools.pairwise(bounds)]
+        return Texts([Document(tokens, range(1, len(tokens)))], regions=regions)
+
+    def counts(self):
+        """{what: number} of the data."""
+        return {
+            "rows": self.num_rows,
+            "tokens": sum(map(len, self.train)),
+            "val_tokens": self.val_size,
+        }
+
 
 # ---- pairs and groups
 
@@ -385,6 +412,23 @@ class PairData(DataFolder):
             batches = self.pack(examples, window, share).batches
             for n, batch in enumerate(batches, 1):
                 yield (first + len(window) * n / len(batches)) / len(val), batch
+
+    def first_examples(self, count, share, objective):
+        """The first Examples of a run."""
+        views = [self.sets["train"].views(e) for e in self.examples_of(0)[:count]]
+        return [self.layout(v, objective) for v in views]
+
+    def counts(self):
+        """{what: number} of the data."""
+        train, val, overlap = self.sets["train"], self.sets["val"], self.meta["overlap"]
+        return {
+            "examples": len(train),
+            "tokens": self.trunk_tokens,
+            "cut": train.cut,
+            "skipped": train.skipped,
+            "val_examples": len(val),
+            "duplicates": overlap["examples"] - overlap["clean"],
+        }
 
     def check_micro_batch(self, share, objective):
         """ValueError if an example doesn't fit an empty micro-batch."""

@@ -12,7 +12,12 @@ SHORTEST_ROW = PRED_TOKENS + 6  # two markers, a separator, and some text
 
 
 class ExampleSet:
-    """Examples, views of texts. name: of the set, for messages; paired: pairs, no groups."""
+    """Examples, views of texts. name: of the set, for messages; paired: pairs, no groups.
+
+    cut, skipped: how many fit_rows() has shortened and left out.
+    """
+
+    cut = skipped = 0
 
     def __init__(self, shards, marker, separator, name, paired):
         self.name, self.paired, self.tokens = name, paired, np.concatenate(shards)
@@ -80,8 +85,10 @@ class ExampleSet:
             raise ValueError(f"{what}, so none is left: raise TRAIN_SEQ_LEN to {needed}")
         if way == "skip":
             self.keep(~long)
+            self.skipped = int(long.sum())
             return [f"{what}: skipped (LONG_EXAMPLES)"]
         self.truncate(long, T - PRED_TOKENS)
+        self.cut = int(long.sum())
         return [f"{what}: truncated (LONG_EXAMPLES)"]
 
     def truncate(self, long, longest):

@@ -32,6 +32,10 @@ class Document:
     def __len__(self):
         return len(self.trunk) + len(self.branch)
 
+    def positions(self):
+        """How many it takes: those of the trunk, or of the branch and what it continues."""
+        return max(len(self.trunk), self.fork + 1 + len(self.branch))
+
     def visible_pairs(self):
         """How many (query, key) pairs attention needs; its FLOPs are proportional to that."""
         n, k = len(self.trunk), len(self.branch)
@@ -74,7 +78,8 @@ class Texts:
 
     documents: the trunks, which the cross entropy is about. meaning: pairs of Views that mean the
     same. regions: pairs of places between which spans may be drawn. longest: tokens that a view
-    may have. steps: returns the Views of the answer's first two steps, [] if it has fewer.
+    may have. steps: returns the Views of the answer's first two steps, [] if it has fewer. cut:
+    whether the end of a trunk was left out for its length.
     """
 
     documents: list
@@ -82,6 +87,7 @@ class Texts:
     regions: list = field(default_factory=list)
     longest: int | None = None
     steps: Callable[[], list] = list
+    cut: bool = False
 
     def is_cut(self, place):
         """Whether a state can't be taken: its document, or what it needs, is too long."""
@@ -95,12 +101,13 @@ class Texts:
 class Example:
     """The documents to encode of one example, and the pairs of places that are compared.
 
-    no_term: why nothing is compared, "" if something is or nobody asked for it.
+    no_term: why nothing is compared, "" if something is or nobody asked for it. cut: as in Texts.
     """
 
     documents: list
     pairs: list = field(default_factory=list)
     no_term: str = ""
+    cut: bool = False
 
     def add_pair(self, a, b, branch=()):
         """Compare the states at a and b.
@@ -176,12 +183,13 @@ def to_device(x, device):
     return x.to(device)
 
 
-def tree_mask(ends, flex=None):
+def tree_mask(ends, flex=None, positions=None, window=None):
     """Which key a query sees in packed rows: those before it in whose subtree it lies.
 
     ends (R, T): the index after the last descendant of each token. flex: return a BlockMask for
     FlexAttention, by default on CUDA; otherwise a boolean (R, 1, T, T) for
-    scaled_dot_product_attention. FlexAttention has no backward pass on a CPU.
+    scaled_dot_product_attention. FlexAttention has no backward pass on a CPU. window: see no
+    further back than that many positions (R, T), the query's own among them.
     """
     R, T = ends.shape
     if flex is None:
@@ -189,11 +197,17 @@ def tree_mask(ends, flex=None):
     if flex:
 
         def visible(row, head, query, key):
-            return (key <= query) & (query < ends[row, key])
+            seen = (key <= query) & (query < ends[row, key])
+            if window is not None:
+                seen &= positions[row, query] - positions[row, key] < window
+            return seen
 
         return create_block_mask(visible, R, None, T, T, device=ends.device)
     token = torch.arange(T, device=ends.device)
-    return ((token <= token[:, None]) & (token[:, None] < ends[:, None, :]))[:, None]
+    seen = (token <= token[:, None]) & (token[:, None] < ends[:, None, :])
+    if window is not None:
+        seen &= positions[:, :, None] - positions[:, None, :] < window
+    return seen[:, None]
 
 
 # ---- placing documents in rows
@@ -261,14 +275,14 @@ class Item(NamedTuple):
 def fill_rows(items, rows, T, filler, room=0):
     """The Batch of these Items in `rows` rows of T tokens.
 
-    What is left of a row is a document of its own, of `filler` tokens without targets. room: pairs
-    that the tables have place for, so that every micro-batch has one shape and one graph; at least
-    as many as there are. num_targets and total_items are left to the caller.
+    What is left of a row is a document of its own, of `filler` tokens without targets, all at
+    position 0, so that it never passes a model's last position. room: pairs that the tables have
+    place for, so that every micro-batch has one shape and one graph; at least as many as there are.
+    num_targets and total_items are left to the caller.
     """
     idx, targets = np.full((rows, T), filler), np.full((rows, T), -1)
-    positions, ends = np.tile(np.arange(T), (rows, 1)), np.full((rows, T), T)
-    numbers, count = np.full((rows, T), -1), 0
-    filled, table = np.zeros(rows, dtype=np.int64), []
+    positions, ends = np.zeros((rows, T), dtype=np.int64), np.full((rows, T), T)
+    numbers, count, table = np.full((rows, T), -1), 0, []
     for item in items:
         starts = []
         for document, (row, column) in zip(item.example.documents, item.places, strict=True):
@@ -277,12 +291,9 @@ def fill_rows(items, rows, T, filler, room=0):
             branch = column + document.fork + 1
             numbers[row, branch : branch + len(document.branch)] = count + 1
             count += 2
-            filled[row] = max(filled[row], column + len(document))
             starts.append(row * T + column)
         for n, ((i, a), (j, b)) in enumerate(item.example.pairs):
             table.append((starts[i] + a, starts[j] + b, item.group, item.first_item + n))
-    for row, column in enumerate(filled):
-        positions[row, column:] = np.arange(T - column)
     padded = np.zeros((max(len(table), room), 4), dtype=np.int64)
     padded[: len(table)] = np.array(table, dtype=np.int64).reshape(-1, 4)
     a, b, group, items_of_pairs = torch.from_numpy(padded).T.contiguous()

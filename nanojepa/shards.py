@@ -31,6 +31,7 @@ from nanojepa.files import (
     write_sealed,
     write_whole,
 )
+from nanojepa.show import Spelling
 from nanojepa.tokenizer import (
     MAX_VOCAB,
     RANKS_FILE,
@@ -257,6 +258,18 @@ class DataFolder:
                 "the right TOKENIZER"
             )
         return warning
+
+    def spelling(self):
+        """How its tokens are shown; by number if the tokenizer is unknown."""
+        table = self.token_table or []
+
+        def bytes_of(token):
+            return table[token] if token < len(table) and table[token] else b"<%d>" % token
+
+        return Spelling(
+            lambda ids: [bytes_of(token).decode(errors="backslashreplace") for token in ids],
+            lambda ids: b"".join(map(bytes_of, ids)).decode(errors="replace"),
+        )
 
     def identity(self):
         """What data a run is fed, for JSON.

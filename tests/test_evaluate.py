@@ -497,13 +497,13 @@ def test_a_prompt_that_fills_the_window_is_named(folder, tmp_path, monkeypatch):
 
 def test_an_adapter_answers_as_the_merged_model(tmp_path):
     peft = pytest.importorskip("peft")
-    from nanojepa.hf.model import Base, add_pred_tokens, embed_pred_tokens
+    from nanojepa.hf.model import Base, add_pred_tokens, embed_new_tokens
 
     base = make_folder(tmp_path / "base", "llama")
     model, tokenizer = make_model("llama", 320), make_tokenizer("llama")
     model.config._name_or_path = model.name_or_path = base
     preds = add_pred_tokens(tokenizer, 3)  # tokens that the base's embedding lacks
-    embed_pred_tokens(model, Base(model.config, tokenizer, *preds))
+    embed_new_tokens(model, Base(model.config, tokenizer, *preds), print)
     targets = ["q_proj", "v_proj", "down_proj"]
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
     model = peft.get_peft_model(model, config)

@@ -460,11 +460,11 @@ def save_network(folder, network, kind="llama"):
 def test_models_whose_attention_a_mask_would_change_are_refused(questions, tmp_path):
     shape = dict(vocab_size=320, hidden_size=32, num_hidden_layers=2)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=32)
-    mistral = transformers.MistralConfig(**shape, **heads, sliding_window=40)
+    local = transformers.LlamaConfig(**shape, **heads, local_attention_size=40)
     bloom = transformers.BloomConfig(**shape, n_head=4, initializer_range=0.3)
     mamba = transformers.MambaConfig(**shape, state_size=4)
     for name, network, message in [
-        ("mistral", transformers.MistralForCausalLM(mistral), "sliding window of 40 tokens"),
+        ("llama", transformers.LlamaForCausalLM(local), "local_attention_size=40"),
         ("mamba", transformers.MambaForCausalLM(mamba), "mamba has layers of linear_attention"),
         ("bloom", transformers.BloomForCausalLM(bloom), "bloom doesn't"),
     ]:
@@ -472,8 +472,6 @@ def test_models_whose_attention_a_mask_would_change_are_refused(questions, tmp_p
         flags = "--max_length 64 --attn_implementation eager"
         with pytest.raises(ValueError, match=message):
             make_trainer(folder, questions, tmp_path / "out", flags)
-    # Documents that are shorter than the window.
-    make_trainer(str(tmp_path / "mistral"), questions, tmp_path / "out", "--max_length 40")
 
 
 def test_a_model_without_sdpa_is_taken_eager(questions, tmp_path):
@@ -986,19 +984,6 @@ def test_settings_that_cannot_be_are_refused(flags, message):
         load(flags)
 
 
-def test_debug_shows_what_is_trained_and_compared(models, questions, tmp_path):
-    said = []
-    flags = "--debug --predictors 1 --views prefix"
-    trainer = make_trainer(models["qwen"], questions, tmp_path / "out", flags, say=said.append)
-    documents = [line for line in said if line.startswith("document ")]
-    assert len(documents) == 4  # the conversation and view B of two examples
-    assert "<|im_start|>user\\nWhat is 0 + 1?<|im_end|>" in documents[0]
-    assert r"; labels 'First 0.\n\nThen 1\n\n#### 1<|im_end|>'; branch after" in documents[0]
-    assert documents[0].endswith(": '<|predictor_1|>'")
-    pairs = [f"pairs (document, token): {e.pairs}" for e in trainer.train_dataset[:2]]
-    assert [line for line in said if line.startswith("pairs ")] == pairs
-
-
 def test_misuse_ends_in_one_line(models, questions, tmp_path):
     llama, out, finished = models["llama"], tmp_path / "out", tmp_path / "finished"
     bad = tmp_path / "bad.jsonl"
@@ -1045,6 +1030,7 @@ CHANGES = {
     "general.wandb_mode": ("--use_wandb", "disabled"),
     "model.use_lora": "true",
     "model.lora_rank": ("--lora", "4"),
+    "model.lora_targets": ("--lora", "q_proj"),
     "model.pretrain": "true",
     "model.attn_implementation": "eager",
     "dataset.eval_file": "QUESTIONS",
@@ -1081,7 +1067,7 @@ CHANGES = {
     "training.optimizer": "sgd",
 }
 ELSEWHERE = """
-model.name model.cache_dir model.trust_remote_code dataset.train_file dataset.data_file
+general.show model.name model.cache_dir model.trust_remote_code dataset.train_file dataset.data_file
 dataset.eval_split dataset.split_seed dataset.max_items dataset.max_eval_items dataset.config_name
 dataset.train_split dataset.remove_thinking dataset.date dataset.cache_dir
 dataset.preprocess_num_proc dataset.tokenize_num_proc dataset.tokenize_batch_size
@@ -1217,11 +1203,11 @@ def test_no_mutation_of_a_finished_model_is_silent(finished, questions, tmp_path
     out = Path(shutil.copytree(finished, tmp_path / "out"))
     cfg = configure(str(out), questions, tmp_path / "next", "--linear_predictor")
     for name in [*read_sealed(out / "sha256.json"), "sha256.json"]:
-        refuse_damage(out / name, lambda: model.read_base(cfg))
+        refuse_damage(out / name, lambda: run.make_trainer(cfg, silent))
         refuse_damage(out / name, lambda: model.open_model(str(out), torch.float32))
     (out / "result.json").write_text("{}")  # what is not the model's may change
     (out / "predictions.jsonl").touch()
-    model.read_base(cfg)
+    run.make_trainer(cfg, silent)
 
 
 def test_no_mutation_of_a_checkpoint_is_silent(unfinished):

@@ -133,7 +133,7 @@ def test_mask_is_the_tree_and_nothing_else(packed):
     for row, first in enumerate(filled):
         expected[row, first:, first:] = torch.ones(T - first, T - first).tril().bool()
         assert (idx[row, first:] == FILLER).all() and (targets[row, first:] == -1).all()
-        assert positions[row, first:].tolist() == list(range(T - first))
+        assert not positions[row, first:].any()  # no position that a model may lack
     assert torch.equal(tree_mask(ends)[:, 0], expected)
 
 

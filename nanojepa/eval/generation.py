@@ -1,11 +1,10 @@
 """What a Hugging Face model answers to questions: greedy texts, and choices among letters."""
 
-import math
-
 import torch
 
 from nanojepa.eval.tasks import LETTERS, TASKS
 from nanojepa.files import progress
+from nanojepa.hf.limits import position_range
 
 
 def generate(model, chat, prompts, limit, **options):
@@ -62,12 +61,19 @@ def predict(model, chat, questions, tokens, batch_size):
     for q in questions:
         start = chat.before_text if TASKS[q.task].chooses else chat.prompt
         prompts[q.line] = start(q.system, q.user)
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    window = position_range(model.config.get_text_config())
+    rows = model.get_input_embeddings().num_embeddings
     for line, prompt in prompts.items():
         if len(prompt) >= window:
             raise ValueError(
                 f"line {line} of --data: its prompt has {len(prompt)} tokens, the model takes "
                 f"{window}; shorten or remove it"
+            )
+        if max(prompt) >= rows:
+            raise ValueError(
+                f"line {line} of --data: its prompt has token {max(prompt)}, and the model's "
+                f"embedding {rows} rows for the {len(chat.tokenizer)} tokens of its tokenizer; "
+                "take the tokenizer that it was trained with, or fine-tune it, which adds rows"
             )
     order = sorted(questions, key=lambda q: -len(prompts[q.line]))
     kinds = [[q for q in order if TASKS[q.task].chooses == chooses] for chooses in (False, True)]

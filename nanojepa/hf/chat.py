@@ -344,6 +344,11 @@ def holds(said, text):
 # ---- tokenizers
 
 
+def decode(tokenizer, tokens):
+    """The text of tokens as it is, special ones too; cleaning up would rewrite " ." as "."."""
+    return tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
 def check_tokenizer(tokenizer, plain):
     """ValueError if a Chat can't be made with this tokenizer."""
     name = tokenizer.name_or_path

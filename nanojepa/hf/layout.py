@@ -17,7 +17,7 @@ from nanojepa.files import progress
 from nanojepa.hf.chat import remove_thinking
 from nanojepa.objectives.step import find_steps
 from nanojepa.packing import Document, Example, Texts, View
-from nanojepa.records import read_dataset, read_jsonl
+from nanojepa.records import full_views, read_dataset, read_jsonl, seen_in_train
 
 
 class Source(NamedTuple):
@@ -28,10 +28,13 @@ class Source(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Examples, the index of each one's record, and a line that counts what was cut or lost."""
+    """Examples, and what they are counted by: {what: number}.
+
+    summary: a line that says so.
+    """
 
     examples: list
-    kept: list
+    counts: dict
     summary: str
 
 
@@ -49,14 +52,17 @@ def lay_out(record, chat, data, objective=None):
         texts = texts_of(record, chat, data)
         if texts is None:
             return None
-        return Example(texts.documents) if objective is None else objective.layout(texts)
+        example = Example(texts.documents) if objective is None else objective.layout(texts)
+        example.cut = texts.cut
+        return example
     except ValueError as e:
         raise ValueError(f"line {record.line}: {e}") from None
 
 
 def paraphrases(record, chat, data):
     """The Texts of a group: each text is a document of its own, and means the same as the next."""
-    texts = [chat.encode(text)[: data.max_length - 2] for text in record.views]
+    whole, room = [chat.encode(text) for text in record.views], data.max_length - 2
+    texts = [text[:room] for text in whole]
     end = chat.tokenizer.eos_token_id
     views = [View([chat.start, *text], 1, [end], n) for n, text in enumerate(texts)]
     return Texts(
@@ -64,6 +70,7 @@ def paraphrases(record, chat, data):
         meaning=list(itertools.pairwise(views)),
         regions=[((n, 1), (n, len(text))) for n, text in enumerate(texts)],
         longest=data.max_length,
+        cut=texts != whole,
     )
 
 
@@ -91,6 +98,7 @@ def messages(record, chat, data):
         regions=[((0, turns.user[0]), (0, last))],
         longest=data.max_length,
         steps=functools.partial(first_steps, chat, turns),
+        cut=trunk != turns.tokens,
     )
 
 
@@ -182,19 +190,14 @@ def prepare(source, chat, data, objective=None):
             examples = list(progress(laid_out, f"tokenising {source.name}", total=count))
     except ValueError as e:
         raise ValueError(f"{source.name}, {e}") from None
-    kept = [n for n, example in enumerate(examples) if example is not None]
-    if not kept:
+    whole = [example for example in examples if example is not None]
+    if not whole:
         raise ValueError(
             f"{source.name}: no example has a label left; "
             f"raise dataset.max_length={data.max_length}"
         )
-    whole = [examples[n] for n in kept]
-    summary = summarize(source.name, whole, count - len(kept), data.max_length)
-    texts = ("\n".join([r.system or "", *r.views]) for r in source.records)
-    spelled = sum(bool(chat.control.search(text)) for text in texts)
-    if spelled:
-        summary += f"; {spelled:,} with the spelling of a control token, encoded as plain text"
-    return Prepared(whole, kept, summary)
+    counts = count_examples(whole, count - len(whole), source.records, chat)
+    return Prepared(whole, counts, summarize(source.name, whole, counts))
 
 
 def set_task(task):
@@ -205,15 +208,53 @@ def run_task(item):
     return run_task.task(item)
 
 
-def summarize(name, examples, dropped, max_length):
-    """A line that counts examples and their tokens, and what was cut, dropped or has no term."""
-    tokens = sum(len(document) for example in examples for document in example.documents)
-    parts = [f"{name}: {len(examples):,} examples, {tokens / len(examples):.1f} tokens on average"]
-    cut = sum(any(len(d.trunk) == max_length for d in e.documents) for e in examples)
-    if cut:
-        parts.append(f"{cut:,} as long as max_length, or cut to it")
-    if dropped:
-        parts.append(f"{dropped:,} dropped: no label left by max_length")
+def count_examples(examples, skipped, records, chat):
+    """{what: number} of Examples, and of the records that they came from."""
+    documents = [document for example in examples for document in example.documents]
+    texts = ("\n".join([record.system or "", *record.views]) for record in records)
+    return {
+        "examples": len(examples),
+        "tokens": sum(map(len, documents)),
+        "trained": sum(len(document.loss_on) for document in documents),
+        "cut": sum(example.cut for example in examples),
+        "skipped": skipped,
+        "without_term": sum(bool(example.no_term) for example in examples),
+        "control_tokens": sum(bool(chat.control.search(text)) for text in texts),
+    }
+
+
+def summarize(name, examples, counts):
+    """A line of the counts, with the reasons why examples have no term."""
+    mean = counts["tokens"] / len(examples)
+    parts = [f"{name}: {len(examples):,} examples, {mean:.1f} tokens on average"]
+    if counts["cut"]:
+        parts.append(f"{counts['cut']:,} cut to max_length")
+    if counts["skipped"]:
+        parts.append(f"{counts['skipped']:,} dropped: no label left by max_length")
+    if counts["control_tokens"]:
+        parts.append(
+            f"{counts['control_tokens']:,} with the spelling of a control token, encoded as plain "
+            "text"
+        )
     reasons = collections.Counter(e.no_term for e in examples if e.no_term)
     parts += [f"{n:,} without a JEPA term: {reason}" for reason, n in sorted(reasons.items())]
     return "; ".join(parts)
+
+
+def count_duplicates(train, evaluated):
+    """How many eval records have a user's text, or a paraphrase, that stands in train."""
+    kinds = {source.records[0].kind if source.records else "" for source in (train, evaluated)}
+    if len(kinds) > 1:
+        return 0
+    kind = kinds.pop()
+    sides = [[full_views(r, True) for r in s.records] for s in (train, evaluated)]
+    return sum(any(seen[:1] if kind == "pairs" else seen) for seen in seen_in_train(*sides, kind))
+
+
+def notes(source, chat):
+    """Lines on what else a user may not expect of these records."""
+    if not chat.takes_system and any(record.system for record in source.records):
+        yield (
+            "the chat template takes no system message; each stands at the beginning of the "
+            "user's text"
+        )

@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -24,9 +24,10 @@ from transformers import (
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from nanojepa.files import check_seal
+from nanojepa.hf.limits import windows
+from nanojepa.hf.lora import add_lora, count_trained
 from nanojepa.hf.settings import DTYPES
 from nanojepa.objectives import OBJECTIVES, Options
 from nanojepa.packing import Document, Example, pack_rows, tree_mask
@@ -35,8 +36,6 @@ from nanojepa.weights import OBJECTIVE_FILE, load_tensors
 
 FLEX = "flex_attention"
 OBJECTIVE = "jepa_objective"  # its name in the model
-# As jepa-llm has them; of a model with other names, all linear layers.
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Base(NamedTuple):
@@ -83,40 +82,17 @@ def loading(what):
 
 def read_base(cfg):
     """The Base of the model that these settings name; ValueError if it can't be trained."""
-    m, data = cfg.model, cfg.dataset
-    check_seal(m.name)
+    m = cfg.model
     with loading(f"model.name={m.name}"):
         tokenizer = AutoTokenizer.from_pretrained(m.name, **loader_options(m))
         config = AutoConfig.from_pretrained(m.name, **loader_options(m))
-    check_layers(config.get_text_config(), data.max_length + data.predictors)
-    return Base(config, tokenizer, *add_pred_tokens(tokenizer, data.predictors))
+    windows(config.get_text_config())
+    return Base(config, tokenizer, *add_pred_tokens(tokenizer, cfg.dataset.predictors))
 
 
 def loader_options(m):
     """What every loader of Hugging Face is told; m: the settings of the section model."""
     return {"cache_dir": m.cache_dir or None, "trust_remote_code": m.trust_remote_code}
-
-
-def check_layers(config, length):
-    """ValueError if a layer has an attention pattern of its own, which the tree mask replaces.
-
-    length: tokens of the longest document.
-    """
-    kinds = set(getattr(config, "layer_types", None) or [])
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in kinds
-    if not kinds:
-        slides = getattr(config, "use_sliding_window", True)
-    if window and slides and window < length:
-        raise ValueError(
-            f"{config.model_type} has layers with a sliding window of {window} tokens, which the "
-            "tree mask would replace; lower dataset.max_length so that it and the [PRED] tokens fit"
-        )
-    if other := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(
-            f"{config.model_type} has layers of {', '.join(sorted(other))}: they mix tokens of a "
-            "row without the tree mask; choose a model of full attention"
-        )
 
 
 def add_pred_tokens(tokenizer, count):
@@ -161,7 +137,7 @@ def make_objective(cfg, config, preds, folder):
 # ---- the weights
 
 
-def load_model(cfg, base, objective):
+def load_model(cfg, base, objective, say=print):
     """The model with its objective, ready to be trained."""
     m, t = cfg.model, cfg.training
     kind = AutoModelForCausalLM._model_mapping.get(type(base.config), None)
@@ -183,7 +159,7 @@ def load_model(cfg, base, objective):
         else:
             model = AutoModelForCausalLM.from_pretrained(m.name, **loader_options(m), **options)
     model.config.use_cache = False
-    embed_pred_tokens(model, base)
+    new = embed_new_tokens(model, base, say)
     add_losses(model, objective)
     check_packing(model)
     if flex:
@@ -192,37 +168,30 @@ def load_model(cfg, base, objective):
     # FSDP2 has activation checkpointing of its own.
     if cfg.recomputes and not t.fsdp:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return add_lora(model, m.lora_rank, base.preds, objective) if m.use_lora else model
+    if m.use_lora:
+        model = add_lora(model, m, sorted({*base.preds, *new}), OBJECTIVE, say)
+    say(count_trained(model))
+    return model
 
 
-def embed_pred_tokens(model, base):
-    """Give the [PRED] tokens rows of the embedding; a new one's is the mean of all embeddings."""
-    if base.preds and max(base.preds) >= model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
-    if base.new:
+def embed_new_tokens(model, base, say):
+    """Give tokens without a row of the embedding one; returns the ids of all new tokens.
+
+    New are also [PRED] tokens that take a row which the model had kept free. A new row is the mean
+    of the others.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    size = 1 + max(base.tokenizer.get_vocab().values())
+    new = sorted({*base.new, *range(rows, size)})
+    if size > rows:
+        model.resize_token_embeddings(size, mean_resizing=False)
+        say(f"embedding: {rows:,} rows, resized to the {size:,} tokens of the tokenizer")
+    if new:
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 table = layer.weight
-                table[base.new] = table[: min(base.new)].float().mean(0).to(table.dtype)
-
-
-def add_lora(model, rank, preds, objective):
-    """The model with LoRA adapters; the [PRED] tokens and the objective are trained whole."""
-    names = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules()}
-    table = model.get_input_embeddings()
-    embedding = next(name for name, module in names.items() if module is table)
-    has_weights = objective is not None and list(objective.parameters())
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=rank,
-        lora_alpha=2 * rank,
-        lora_dropout=0.1,
-        bias="none",
-        target_modules=[name for name in LORA_TARGETS if name in names] or "all-linear",
-        modules_to_save=[OBJECTIVE] if has_weights else None,
-        trainable_token_indices={embedding: preds} if preds else None,
-    )
-    return get_peft_model(model, config)
+                table[new] = table[: min(new)].float().mean(0).to(table.dtype)
+    return new
 
 
 def open_model(name, dtype, trust_remote_code=False):
@@ -247,6 +216,19 @@ def open_model(name, dtype, trust_remote_code=False):
 # ---- the forward pass
 
 
+class BodyOutput:
+    """What a model's forward reads of its body's output: the states (R, T, D), and nothing else."""
+
+    def __init__(self, states):
+        self.last_hidden_state = states
+
+    def __getattr__(self, name):
+        return None
+
+    def __getitem__(self, n):
+        return (self.last_hidden_state,)[n]
+
+
 class CausalLM:
     """A Hugging Face model as an objective sees it; our GPT has the same three methods.
 
@@ -255,26 +237,34 @@ class CausalLM:
 
     def __init__(self, model):
         self.model, self.forward = model, model.forward
+        self.body = model.get_decoder()
 
     def states(self, idx, positions=None, ends=None):
         """The states (R, T, D) of tokens idx (R, T); positions and ends as in a packed Batch."""
-        mask = None if ends is None else self.mask(ends)
-        body = self.model.base_model
-        return body(
+        mask = None if ends is None else self.mask(positions, ends)
+        return self.body(
             input_ids=idx, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
 
-    def mask(self, ends):
-        """What the model's attention takes for packed rows: a BlockMask, or an additive mask.
+    def mask(self, positions, ends):
+        """What the model takes for packed rows: a mask, or {type of layer: its mask}."""
+        masks = {
+            kind: self.mask_of(positions, ends, window)
+            for kind, window in windows(self.model.config.get_text_config()).items()
+        }
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    def mask_of(self, positions, ends, window):
+        """The mask of layers with this window, or None: a BlockMask, or an additive mask.
 
         The latter is right under sdpa and eager; a boolean one is wrong under eager.
         """
         if self.model.config._attn_implementation == FLEX:
-            return tree_mask(ends, flex=True)
+            return tree_mask(ends, True, positions, window)
         kind, dtype = ends.device.type, self.model.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        hidden = ~tree_mask(ends, flex=False)
+        hidden = ~tree_mask(ends, False, positions, window)
         return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
 
     def embed(self, idx):
@@ -286,9 +276,8 @@ class CausalLM:
 
         Some models scale or cap them. So its forward is run on a body that returns these states.
         """
-        body = self.model.base_model
-        output = MoeModelOutputWithPast(last_hidden_state=states.reshape(1, -1, states.size(-1)))
-        with mock.patch.object(body, "forward", lambda *_, **__: output):
+        output = BodyOutput(states.reshape(1, -1, states.size(-1)))
+        with mock.patch.object(self.body, "forward", lambda *_, **__: output):
             return self.forward().logits.view(*states.shape[:-1], -1)
 
 

@@ -20,8 +20,10 @@ import functools
 import importlib.util
 import json
 import os
+import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -29,13 +31,14 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from nanojepa.files import one_line_errors, write_whole
-from nanojepa.hf.chat import Chat
+from nanojepa.files import check_seal, one_line_errors, write_whole
+from nanojepa.hf import layout
+from nanojepa.hf.chat import Chat, decode
 from nanojepa.hf.export import find_checkpoint, save_model
-from nanojepa.hf.layout import Source, prepare, read_sources
+from nanojepa.hf.limits import check_positions
 from nanojepa.hf.model import (
+    Base,
     CausalLM,
-    check_layers,
     check_packing,
     load_model,
     make_objective,
@@ -44,17 +47,38 @@ from nanojepa.hf.model import (
 )
 from nanojepa.hf.settings import ALIASES, Config, Training
 from nanojepa.hf.trainer import JepaTrainer
-from nanojepa.objectives import OBJECTIVES
+from nanojepa.objectives import OBJECTIVES, Objective
 from nanojepa.objectives.distance import ACROSS_PAIRS
 from nanojepa.runlog import describe_machine, project_sources
 from nanojepa.settings import as_dict, load_settings, non_defaults
+from nanojepa.show import Spelling, show
 
 
 @one_line_errors()
 @record
 def main(argv=None):
     loaded = load_settings(Config, argv, aliases=ALIASES, description=__doc__)
-    run(loaded.config, loaded.origin)
+    if loaded.config.general.show:
+        show_examples(loaded.config)
+    else:
+        run(loaded.config, loaded.origin)
+
+
+def show_examples(cfg):
+    """Print what of the first examples is trained, then the counts, without loading the weights."""
+    check_data(cfg.dataset)
+    ready = prepare_run(cfg, functools.partial(print, file=sys.stderr))
+    train = ready.prepared["train"]
+    show(train.examples[: cfg.general.show], spelling(ready.base.tokenizer), print)
+    counts = dict(train.counts, duplicates=ready.duplicates)
+    if "eval" in ready.prepared:
+        counts["eval"] = ready.prepared["eval"].counts
+    print(json.dumps(counts))
+
+
+def spelling(tokenizer):
+    """How a tokenizer's tokens are shown."""
+    return Spelling(tokenizer.convert_ids_to_tokens, functools.partial(decode, tokenizer))
 
 
 def run(cfg, origin):
@@ -101,8 +125,7 @@ def run(cfg, origin):
 def check_run(cfg, folder):
     """ValueError if this run can't be started here."""
     t, cuda = cfg.training, torch.cuda.is_available()
-    if bool(cfg.dataset.train_file) == bool(cfg.dataset.data_file):
-        raise ValueError("give either dataset.train_file or dataset.data_file")
+    check_data(cfg.dataset)
     if t.fsdp and not cuda:
         raise ValueError("training.fsdp: needs CUDA; leave it out")
     if t.dtype == "fp16" and not cuda:
@@ -111,6 +134,11 @@ def check_run(cfg, folder):
         raise ValueError(
             f"training.output_dir={folder} holds a finished run; choose another, or remove it"
         )
+
+
+def check_data(data):
+    if bool(data.train_file) == bool(data.data_file):
+        raise ValueError("give either dataset.train_file or dataset.data_file")
 
 
 def open_folder(folder, cfg, origin, start):
@@ -139,54 +167,50 @@ def summarize_losses(history, mean_loss):
     return losses
 
 
-# ---- a trainer
+# ---- before the weights
 
 
-def make_trainer(cfg, say=print):
-    """The JepaTrainer of a Config, with its model and its packed examples."""
+class Ready(NamedTuple):
+    """A run before its weights are read.
+
+    prepared: {"train": Prepared, "eval": Prepared}, the latter if there is any. duplicates: how
+    many eval examples have a user's text that stands in train.
+    """
+
+    base: Base
+    chat: Chat
+    objective: Objective | None
+    prepared: dict
+    duplicates: int
+
+
+def prepare_run(cfg, say):
+    """The Ready of a Config; ValueError if its model, its data and its term don't go together."""
     set_seed(cfg.general.finetune_seed)
     base = read_base(cfg)
     chat = Chat(base.tokenizer, cfg.dataset.plain, cfg.dataset.date)
     objective = make_objective(cfg, base.config, base.preds, cfg.model.name)
-    examples = make_examples(cfg, chat, objective, say)
-    for line in notes(cfg, chat):
-        say(line)
-    trainer = JepaTrainer(
-        cfg,
-        chat,
-        objective,
-        model=load_model(cfg, base, objective),
-        args=training_arguments(cfg, bool(examples["eval"])),
-        train_dataset=examples["train"],
-        eval_dataset=examples["eval"],
-        processing_class=base.tokenizer,
-    )
-    if cfg.training.same_flop and objective is not None:
-        say(trainer.limit_flops())
-    return trainer
-
-
-def make_examples(cfg, chat, objective, say):
-    """{"train": Examples, "eval": Examples, or none} of these settings."""
-    examples = {"train": [], "eval": []}
-    for name, source in read_sources(cfg.dataset).items():
-        if not chat.takes_system and any(record.system for record in source.records):
-            say(
-                f"{name}: the chat template takes no system message; each stands at the beginning "
-                "of the user's text"
-            )
-        if source.records:
-            examples[name], _, summary = prepare(source, chat, cfg.dataset, objective)
-            say(f"{name}: {summary}")
-    if not examples["train"]:
+    sources, prepared = layout.read_sources(cfg.dataset), {}
+    for name, source in sources.items():
+        if not source.records:
+            continue
+        prepared[name] = own = layout.prepare(source, chat, cfg.dataset, objective)
+        say(f"{name}: {own.summary}")
+        line = check_positions(base.config.get_text_config(), source.name, own.examples)
+        for note in filter(None, (line, *layout.notes(source, chat))):
+            say(f"{name}: {note}")
+    if "train" not in prepared:
         raise ValueError("no training examples; lower dataset.eval_split")
-    if objective is not None and all(example.no_term for example in examples["train"]):
+    duplicates = layout.count_duplicates(sources["train"], sources["eval"])
+    if duplicates:
+        say(f"eval: {duplicates:,} of its examples have a user's text that stands in train")
+    if objective is not None and all(e.no_term for e in prepared["train"].examples):
         raise ValueError(
             "no training example has a JEPA term; choose training.regular, or other data"
         )
-    for example in examples["train"][: 2 if cfg.general.debug else 0]:
-        show(example, chat.tokenizer, say)
-    return examples
+    for line in notes(cfg, chat):
+        say(line)
+    return Ready(base, chat, objective, prepared, duplicates)
 
 
 def notes(cfg, chat):
@@ -208,22 +232,35 @@ def notes(cfg, chat):
         yield f"optimizer: {name}, since {t.optimizer} needs CUDA and bitsandbytes"
 
 
+# ---- a trainer
+
+
+def make_trainer(cfg, say=print):
+    """The JepaTrainer of a Config, with its model and its packed examples."""
+    check_seal(cfg.model.name)
+    ready = prepare_run(cfg, say)
+    examples = {name: prepared.examples for name, prepared in ready.prepared.items()}
+    if cfg.general.debug:
+        show(examples["train"][:2], spelling(ready.base.tokenizer), say)
+    trainer = JepaTrainer(
+        cfg,
+        ready.chat,
+        ready.objective,
+        model=load_model(cfg, ready.base, ready.objective, say),
+        args=training_arguments(cfg, "eval" in examples),
+        train_dataset=examples["train"],
+        eval_dataset=examples.get("eval"),
+        processing_class=ready.base.tokenizer,
+    )
+    if cfg.training.same_flop and ready.objective is not None:
+        say(trainer.limit_flops())
+    return trainer
+
+
 def optimizer_name(name):
     """The optimizer, or one that runs here."""
     has_8bit = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")
     return name if has_8bit or "8bit" not in name else "adamw_torch_fused"
-
-
-def show(example, tokenizer, say):
-    """Print what of an example is encoded, trained, and compared."""
-    for n, document in enumerate(example.documents):
-        labels = [document.trunk[i] for i in document.loss_on]
-        say(
-            f"document {n}: {tokenizer.decode(document.trunk)!r}; "
-            f"labels {tokenizer.decode(labels)!r}; "
-            f"branch after token {document.fork}: {tokenizer.decode(document.branch)!r}"
-        )
-    say(f"pairs (document, token): {example.pairs}")
 
 
 def training_arguments(cfg, evaluates):
@@ -299,14 +336,15 @@ def views_of(model, chat, folder, records):
     """
     cfg, tokenizer = pair_settings(folder, chat.plain), chat.tokenizer
     predictors = cfg.dataset.predictors
-    check_layers(model.config.get_text_config(), cfg.dataset.max_length + predictors)
     check_packing(model)
     preds = tokenizer.convert_tokens_to_ids(pred_names(predictors))
     objective = make_objective(cfg, model.config, preds, folder).to(model.device)
-    source = Source(Path(folder).name, records)
-    examples, _, summary = prepare(source, chat, cfg.dataset, objective)
-    print(summary, flush=True)
-    examples = [example for example in examples if example.pairs]
+    source = layout.Source(Path(folder).name, records)
+    prepared = layout.prepare(source, chat, cfg.dataset, objective)
+    print(prepared.summary, flush=True)
+    if line := check_positions(model.config.get_text_config(), source.name, prepared.examples):
+        print(line, flush=True)
+    examples = [example for example in prepared.examples if example.pairs]
     return CausalLM(model), objective, examples, tokenizer.eos_token_id
 
 

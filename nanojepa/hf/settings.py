@@ -38,7 +38,9 @@ class IsDate(NamedTuple):
 
 @dataclass
 class General:
-    debug: Annotated[int, OrBool(), Range(0)] = 0  # above 0: show what of two examples is trained
+    # Show so many examples, what of them is trained and compared, then counts, and stop.
+    show: Natural = 0
+    debug: Annotated[int, OrBool(), Range(0)] = 0  # above 0: show two examples, then train
     finetune_seed: Natural = 42  # of data order, drawn spans, dropped terms and new weights
     use_wandb: bool = False  # report to Weights & Biases
     wandb_project: str = "jepa-llm"  # its project
@@ -55,7 +57,11 @@ class Model:
     # Train LoRA adapters, which are merged in the end. The frozen weights are kept in
     # training.dtype.
     use_lora: bool = False
-    lora_rank: Positive = 16  # rank of the adapters; their alpha is twice that, dropout 0.1
+    # Rank of the adapters. Their alpha is twice that. Their dropout is 0.1, or 0 if some are on the
+    # experts of a mixture.
+    lora_rank: Positive = 16
+    # Layers with an adapter, as q_proj,v_proj; empty: every linear layer of the blocks.
+    lora_targets: str = ""
     pretrain: bool = False  # start from random weights
     cache_dir: str = ""  # folder of downloaded models
     trust_remote_code: bool = False  # run Python code that comes with the model
