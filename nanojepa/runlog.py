@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-from nanojepa.files import write_whole
+from nanojepa.files import one_line, write_whole
 from nanojepa.settings import as_dict, non_defaults
 
 LINE = "=" * 40
@@ -43,6 +43,8 @@ class RunLog:
         if rank:
             return
         self.open_folder(resumed)
+        if cfg.wandb:
+            self.start_wandb(resumed)
         machine = describe_machine(sources)
         self.sources = machine["sources"]  # of what runs, whatever is edited later
         if resumed is None:
@@ -64,8 +66,6 @@ class RunLog:
             write_whole(self.folder / "config.yaml", text.encode())  # now there is a run to resume
         else:
             self.go_on(resumed, sources)
-        if cfg.wandb:
-            self.start_wandb(resumed)
 
     def open_folder(self, resumed):
         """Make the run's folder and hold it: two processes must not train one run."""
@@ -126,18 +126,17 @@ class RunLog:
                 )
 
     def start_wandb(self, resumed):
-        import wandb
-
-        again = {}
+        """Begin or take up the run of Weights & Biases; without one, a new run leaves no folder."""
+        options = {"project": "nanojepa", "name": self.folder.name, "config": as_dict(self.cfg)}
         if resumed and resumed["wandb"]:
-            again = {"id": resumed["wandb"], "resume": "allow"}
-        self.wandb = wandb.init(
-            project="nanojepa",
-            name=self.folder.name,
-            config=as_dict(self.cfg),
-            dir=str(self.folder),
-            **again,
-        )
+            options |= {"id": resumed["wandb"], "resume": "allow"}
+        try:
+            self.wandb = start_wandb(dir=str(self.folder), **options)
+        except ValueError:
+            if resumed is None:
+                self.held.close()
+                shutil.rmtree(self.folder)
+            raise
 
     def append(self, name, text):
         """Append text to a file of the run, whole or not at all."""
@@ -192,10 +191,33 @@ class RunLog:
         row = {"step": step, **values, **(more or {}), "train_time": train_time}
         self.append("metrics.jsonl", json.dumps(row) + "\n")
         if self.wandb:
+            self.report(row, step)
+
+    def report(self, row, step):
+        """Send a row to Weights & Biases, until that fails: the run goes on without it."""
+        try:
             self.wandb.log(row, step=step)
+        except Exception as e:  # of many kinds
+            self.wandb = None
+            self.line(f"warning: Weights & Biases: {one_line(e)}; the run goes on without it")
 
     def timer(self, what):
         return Timer(self, what)
+
+
+def start_wandb(**options):
+    """The run that wandb.init() gives; ValueError, in one line, says why there is none."""
+    try:
+        import wandb
+
+        return wandb.init(**options)
+    except ModuleNotFoundError:
+        raise ValueError("wandb is missing: pip install wandb, or leave it out") from None
+    except Exception as e:  # of many kinds: nobody is logged in, no network, no such project
+        raise ValueError(
+            f"Weights & Biases: {one_line(e)}; log in with `wandb login`, set WANDB_MODE=offline, "
+            "or leave it out"
+        ) from None
 
 
 class Timer:

@@ -1093,6 +1093,8 @@ def outcomes(models, questions, tmp_path_factory):
     def make(flags):
         said = []
         cfg = configure(models["llama"], questions, out, flags)
+        if cfg.general.use_wandb:
+            run.set_wandb_environment(cfg.general)
         trainer = run.make_trainer(cfg, lambda line: said.append(re.sub(r"\S*/", "", line)))
         network, args = trainer.model, trainer.args.to_dict()
         return {

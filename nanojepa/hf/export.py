@@ -1,16 +1,64 @@
-"""Checkpoints and the trained model: sealed folders, written whole and checked when read."""
+"""Checkpoints and the trained model: sealed folders, written whole and checked when read.
 
+What writing them will need is tried before the training.
+"""
+
+import math
 import os
 import re
 import shutil
 from pathlib import Path
 
-from nanojepa.files import SEAL, check_seal, seal_folder, sync_folder
+from nanojepa.files import SEAL, check_seal, one_line, seal_folder, sync_folder, write_whole
 from nanojepa.hf.model import OBJECTIVE
 from nanojepa.weights import OBJECTIVE_FILE, save_weights
 
 UNFINISHED = "checkpoint.part"
 CHECKPOINT = re.compile("checkpoint-([0-9]+)")
+
+
+# ---- before the training
+
+
+def check_folder(folder):
+    """Make the output folder; ValueError if nothing can be written into it."""
+    probe = folder / f"{UNFINISHED}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(probe, b"1")
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(
+            f"training.output_dir={folder}: nothing can be written there ({e.strerror}); choose "
+            "another"
+        ) from None
+
+
+def check_room(trainer):
+    """ValueError if the disk has no room for the checkpoints and the trained model."""
+    args, model = trainer.args, trainer.model
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    checkpoint = 2 * trained  # two moments, as Adam keeps
+    checkpoint += trained if trainer.cfg.model.use_lora else weights
+    # The newest is written before the oldest is removed.
+    kept = min(args.save_total_limit + 1, math.ceil(count_saves(trainer)))
+    needed, free = weights + kept * checkpoint, shutil.disk_usage(args.output_dir).free
+    if needed > free:
+        raise ValueError(
+            f"training.output_dir={args.output_dir}: {free / 1e9:.1f} GB are free, and {kept} "
+            f"checkpoints and the model take {needed / 1e9:.1f} GB; make room, choose another "
+            "disk, or lower training.save_total_limit"
+        )
+
+
+def count_saves(trainer):
+    """How many checkpoints a run writes."""
+    args = trainer.args
+    step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = math.ceil(len(trainer.train_dataset) / step) * args.num_train_epochs
+    steps = args.max_steps if args.max_steps > 0 else steps
+    return steps / args.save_steps if args.save_strategy == "steps" else args.num_train_epochs
 
 
 # ---- checkpoints
@@ -75,6 +123,17 @@ def check_checkpoint(path):
 
 
 def save_model(trainer):
+    """write_model(), whose failure says where the weights are."""
+    try:
+        write_model(trainer)
+    except Exception as e:  # of many kinds, as the libraries that write the files
+        folder = trainer.args.output_dir
+        where = list(checkpoints(folder).values())
+        kept = f"its weights are in {where[-1]}" if where else "it has no checkpoint"
+        raise ValueError(f"{folder}: the model can't be saved ({one_line(e)}); {kept}") from None
+
+
+def write_model(trainer):
     """Save the model as a folder that from_pretrained loads, adapters merged.
 
     Of a sharded model with adapters these alone are saved. The files are written and sealed in a

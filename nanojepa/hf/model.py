@@ -159,6 +159,7 @@ def load_model(cfg, base, objective, say=print):
         else:
             model = AutoModelForCausalLM.from_pretrained(m.name, **loader_options(m), **options)
     model.config.use_cache = False
+    mend_generation(model.generation_config, m.name, say)
     new = embed_new_tokens(model, base, say)
     add_losses(model, objective)
     check_packing(model)
@@ -172,6 +173,25 @@ def load_model(cfg, base, objective, say=print):
         model = add_lora(model, m, sorted({*base.preds, *new}), OBJECTIVE, say)
     say(count_trained(model))
     return model
+
+
+def mend_generation(generation, name, say):
+    """Make a model's settings of generation ones that can be saved with it.
+
+    Some ask for a temperature and not for sampling, which is refused when they are saved.
+    """
+    try:
+        generation.validate(strict=True)
+        return
+    except ValueError:
+        generation.do_sample = True
+    try:
+        generation.validate(strict=True)
+    except ValueError as e:
+        raise ValueError(
+            f"{name}/generation_config.json can't be saved with the model ({one_line(e)}); mend it"
+        ) from None
+    say("generation_config.json: it sets how to sample, but not do_sample; saved with it")
 
 
 def embed_new_tokens(model, base, say):

@@ -34,7 +34,7 @@ from transformers import TrainerState, TrainingArguments, set_seed
 from nanojepa.files import check_seal, one_line_errors, write_whole
 from nanojepa.hf import layout
 from nanojepa.hf.chat import Chat, decode
-from nanojepa.hf.export import find_checkpoint, save_model
+from nanojepa.hf.export import check_folder, check_room, find_checkpoint, save_model
 from nanojepa.hf.limits import check_positions
 from nanojepa.hf.model import (
     Base,
@@ -49,7 +49,7 @@ from nanojepa.hf.settings import ALIASES, Config, Training
 from nanojepa.hf.trainer import JepaTrainer
 from nanojepa.objectives import OBJECTIVES, Objective
 from nanojepa.objectives.distance import ACROSS_PAIRS
-from nanojepa.runlog import describe_machine, project_sources
+from nanojepa.runlog import describe_machine, project_sources, start_wandb
 from nanojepa.settings import as_dict, load_settings, non_defaults
 from nanojepa.show import Spelling, show
 
@@ -95,15 +95,21 @@ def run(cfg, origin):
         say(line)
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)  # a run resumed is the run uninterrupted
+    if first:
+        check_folder(folder)
+        if cfg.general.use_wandb:
+            set_wandb_environment(cfg.general)
+            start_wandb(name=cfg.general.wandb_run_name or folder.name, dir=str(folder))
     trainer = make_trainer(cfg, say)
+    check_room(trainer)
     if first:
         open_folder(folder, cfg, origin, start)
     outcome = trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    save_model(trainer)
     history, steps = trainer.state.log_history, trainer.state.global_step
     evaluated = any("eval_loss" in line and line["step"] == steps for line in history)
     if trainer.eval_dataset and not evaluated:
         trainer.evaluate()
-    save_model(trainer)
     result = {
         **summarize_losses(history, outcome.training_loss),
         "steps": steps,
@@ -143,7 +149,6 @@ def check_data(data):
 
 def open_folder(folder, cfg, origin, start):
     """Write config.yaml, environment.json and metrics.jsonl; start: the state to go on from."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "config.yaml", yaml.safe_dump(as_dict(cfg), sort_keys=False).encode())
     machine = describe_machine(project_sources(Path(__file__).parents[2]))
     machine |= {"transformers": transformers.__version__, "origin": origin}
@@ -266,8 +271,6 @@ def optimizer_name(name):
 def training_arguments(cfg, evaluates):
     """The TrainingArguments of a Config."""
     g, t = cfg.general, cfg.training
-    if g.use_wandb:
-        set_wandb_environment(g)
     cuda = torch.cuda.is_available()
     sharding = {}
     if t.fsdp:
@@ -321,7 +324,7 @@ def set_wandb_environment(general):
         "ENTITY": general.wandb_entity,
         "RUN_GROUP": general.wandb_group,
         "TAGS": general.wandb_tags,
-        "MODE": general.wandb_mode,
+        "MODE": general.wandb_mode.removeprefix("online"),  # what it does if nothing is said
     }
     os.environ.update({f"WANDB_{name}": value for name, value in values.items() if value})
 

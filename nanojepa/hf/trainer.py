@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer
 
+from nanojepa.files import one_line
 from nanojepa.hf.export import UNFINISHED, publish_checkpoint
 from nanojepa.hf.model import FLEX, Sums
 from nanojepa.hf.settings import DTYPES
 from nanojepa.objectives import StepRandom
 from nanojepa.objectives.schedule import keeps_term
 from nanojepa.packing import pack_rows
+
+# What libraries raise if a file can't be written: those of torch and safetensors have their own.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class Counts(NamedTuple):
@@ -135,6 +140,10 @@ class JepaTrainer(Trainer):
 
     # ---- evaluation and the log
 
+    def _evaluate(self, *arguments):
+        """As the Trainer's, but the last evaluation is left until the weights are on the disk."""
+        return {} if self.control.should_training_stop else super()._evaluate(*arguments)
+
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """{"eval_loss": CE a label, "eval_jepa_loss": the term a pair} over the eval examples."""
@@ -185,15 +194,32 @@ class JepaTrainer(Trainer):
         return os.path.join(self.args.output_dir, UNFINISHED)
 
     def _save_checkpoint(self, model, trial):
-        """As the Trainer's, but the checkpoint appears only when every process has written it."""
+        """As the Trainer's, but the checkpoint appears only when every process has written it.
+
+        One that can't be written, as on a full disk, doesn't end the run.
+        """
         folder, part = Path(self.args.output_dir), Path(self._get_output_dir(trial))
-        if self.is_world_process_zero():
+        first, fault = self.is_world_process_zero(), None
+        if first:
             shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            publish_checkpoint(folder, self.state.global_step, self.args.save_total_limit)
+        try:
+            super()._save_checkpoint(model, trial)
+        except WRITE_ERRORS as e:
+            fault = e
+        faults = torch.tensor([fault is not None], device=self.args.device)
+        if not self.accelerator.gather(faults).any() and first:
+            try:
+                publish_checkpoint(folder, self.state.global_step, self.args.save_total_limit)
+            except OSError as e:
+                fault = e
+        if fault:
+            shutil.rmtree(part, ignore_errors=True)
+            print(
+                f"warning: no checkpoint at step {self.state.global_step} ({one_line(fault)}); "
+                "the run goes on",
+                flush=True,
+            )
 
     # ---- FLOPs
 
