@@ -33,7 +33,7 @@ from nanojepa.examples import ExampleSet
 from nanojepa.files import one_line_errors, progress, sha256_file
 from nanojepa.hf.chat import DATE, Chat, remove_thinking
 from nanojepa.objectives import OBJECTIVES
-from nanojepa.records import full_views, read_jsonl, seen_in_train
+from nanojepa.records import full_views, read_examples, seen_in_train
 from nanojepa.settings import load_settings, read_yaml
 from nanojepa.stats import wilson
 from nanojepa.weights import OBJECTIVE_FILE, load_weights
@@ -98,7 +98,7 @@ def open_run(folder, change=None):
         raise ValueError(
             f"{data.folder} has no meta.json, so the tokenizer that encodes a text is unknown"
         )
-    encode = data.encoding.encode_ordinary
+    encode = data.encode
     model = train_gpt.build_model(cfg, data.vocab_size, device).eval()
     return TrainedRun(cfg, data, model, encode)
 
@@ -113,7 +113,7 @@ def read_test(run, path, kind, bad):
         raise ValueError(
             f"the run was trained on text ({data.folder}), not on pairs or groups; choose sample"
         )
-    records, kind = read_jsonl(path, bad), kind or data.meta["kind"]
+    records, kind = read_examples(path, bad), kind or data.meta["kind"]
     if records[0].kind != kind:
         raise ValueError(
             f"{path} holds {records[0].kind}, here {kind} are needed: an accuracy is of pairs, a "
@@ -241,7 +241,7 @@ def views_of_model(args):
     """(how many examples a file has, what states_of_views() needs of them)."""
     from nanojepa.hf.run import views_of
 
-    records = read_jsonl(args.data, args.bad)
+    records = read_examples(args.data, args.bad)
     random.Random(0).shuffle(records)
     plain = args.plain or text_settings(args.model)[0]
     model, chat = open_chat(args, torch.float32, plain)

@@ -63,7 +63,9 @@ class Config:
     # Folder with *_train_*.bin and *_val_*.bin. data/stdlib, data/nlregex and data/nlregex_groups
     # are made if they are missing.
     data_path: str = "data/stdlib"
-    tokenizer: str = ""  # of shards without meta.json: a tiktoken name or a file of ranks
+    # Of shards without meta.json: a tiktoken name, a file of ranks, a tokenizer.json or a
+    # SentencePiece .model.
+    tokenizer: str = ""
     doc_token: int = 50256  # of shards without meta.json: the token that begins a document
     # Rows of the embedding; 0: the tokenizer's size. A multiple of 64 is faster on a GPU.
     vocab_size: Natural = 0
@@ -434,16 +436,15 @@ def evaluate(run, log, checkpoints=None):
     None if a rank has received a signal, which may leave no time for the rest.
     """
     total = torch.zeros(4, dtype=torch.float64)  # nats, targets, bytes of text, signals
-    sizes = run.data.bytes_per_token
     timer, nats_of = log.timer("evaluating"), run.compile(row_losses)
     for done, batch in run.data.val_batches(run.share):
         if checkpoints and checkpoints.signal:
             total[3] = 1
             break
         nats = nats_of(run.model, batch.to(run.share.device)).double().sum().item()
-        scored = batch.targets[batch.targets >= 0].numpy()
-        text_bytes = 0 if sizes is None else int(sizes[scored].sum())
-        total += torch.tensor([nats, len(scored), text_bytes, 0], dtype=torch.float64)
+        scored = int((batch.targets >= 0).sum())
+        text_bytes = run.data.text_bytes(batch.idx.numpy(), batch.targets.numpy())
+        total += torch.tensor([nats, scored, text_bytes, 0], dtype=torch.float64)
         timer.report(done)
     if run.share.world_size > 1:
         dist.all_reduce(total)

@@ -16,53 +16,58 @@ test.jsonl in --out. A test example is clean if none of its texts stands in trai
 reports its accuracy on those as well, and meta.json counts them.
 """
 
+import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanojepa.files import one_line_errors, script_parser
+from nanojepa.readers import TEST, TRAIN, Rows, open_dataset, open_rows
 from nanojepa.records import (
-    Record,
-    open_dataset,
     parse,
     prepare_pairs,
-    read_jsonl,
-    read_records,
+    read_dataset,
+    read_examples,
+    read_rows,
     split_examples,
 )
 
 
-def read_columns(args):
-    """The Records of a dataset's columns."""
-    dataset = open_dataset(args.dataset, args.name, args.split)
-    wanted = args.columns or args.group or []
-    missing = [column for column in wanted if column not in dataset.column_names]
-    if missing or not wanted:
-        what = f"no column {missing[0]}" if missing else "no columns given"
-        raise ValueError(
-            f"{what}; choose --columns TEXT CODE or --group COLUMN ... among "
-            f"{', '.join(dataset.column_names)} of {args.dataset}"
-        )
+def read_source(source, args, order):
+    """The Records of a file or a Hugging Face dataset."""
+    columns = tuple(args.columns or ())
+    if os.path.isfile(source):
+        if args.group:
+            return read_groups(open_rows(source), source, args)
+        return read_examples(source, args.bad, columns=columns)
+    dataset = open_dataset(source, args.name, args.split if order is TRAIN else "", order)
+    if args.group:
+        return read_groups(Rows(enumerate(dataset, 1), dict), source, args)
+    return read_dataset(dataset, source, args.bad, columns=columns)
 
-    def make(number, row):
-        texts = [row[column] for column in wanted]
-        if len(texts) == 1:  # a column of lists
-            texts = texts[0]
-        kind = "pairs" if args.columns else "groups"
-        return parse(number, Record(number, kind, None, texts).to_json())
 
-    return read_records(enumerate(dataset, 1), make, args.dataset, args.bad)
+def read_groups(rows, source, args):
+    """The Records of rows with paraphrases in one column of lists, or in several of one text."""
+
+    def make(number, raw):
+        row = rows.parse(raw)
+        if missing := [column for column in args.group if column not in row]:
+            raise ValueError(f"no column {missing[0]} among {', '.join(row)}")
+        texts = [row[column] for column in args.group]
+        return parse(number, {"paraphrases": texts[0] if len(texts) == 1 else texts})
+
+    return read_rows(rows.items, make, source, args.bad)
 
 
 def parse_args(argv):
     parser = script_parser(__doc__)
     add = parser.add_argument
     add_source = parser.add_mutually_exclusive_group(required=True).add_argument
-    add_source("--train", help="JSON-lines file")
+    add_source("--train", help="file of examples")
     add_source("--dataset", help="Hugging Face dataset, or a folder of one")
-    add("--test", help="JSON-lines file of the same kind")
+    add("--test", help="file or dataset of the same kind")
     add("--name", help="configuration of the dataset")
-    add("--split", default="train", help="split of the dataset (default: train)")
+    add("--split", default="", help="split of the dataset (default: train)")
     add_columns = parser.add_mutually_exclusive_group().add_argument
     add_columns("--columns", nargs=2, metavar=("TEXT", "CODE"), help="columns of a pair")
     add_columns(
@@ -102,10 +107,9 @@ def main(argv=None):
     args = parse_args(argv)
     if not 0 < args.test_fraction < 1:
         raise ValueError(f"--test-fraction {args.test_fraction}: must lie between 0 and 1")
-    train = read_jsonl(args.train, args.bad) if args.train else read_columns(args)
-    files = {}
+    train, files = read_source(args.train or args.dataset, args, TRAIN), {}
     if args.test:
-        test = read_jsonl(args.test, args.bad)
+        test = read_source(args.test, args, TEST)
     else:
         train, test = split_examples(train, args.test_fraction)
         files["test.jsonl"] = test  # for evaluate.py

@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanojepa.files import one_line_errors, script_parser, write_whole
-from nanojepa.records import jsonl, read_jsonl
+from nanojepa.records import jsonl, read_examples
 
 SEPARATORS = {"lines": r"\n", "paragraphs": r"\n\s*\n"}
 
@@ -46,6 +46,7 @@ def parse_args(argv):
         default="lines",
         help="what a step of the input is (default: lines)",
     )
+    add("--columns", nargs=2, metavar=("USER", "ASSISTANT"), help="columns of the two texts")
     add("--min_steps", type=int, default=1, help="leave out answers of fewer steps (default: 1)")
     add(
         "--bad",
@@ -61,7 +62,7 @@ def main(argv=None):
     args = parse_args(argv)
     if os.path.lexists(args.out):
         raise ValueError(f"{args.out} exists: remove it, or choose another --out")
-    records = read_jsonl(args.source, args.bad)
+    records = read_examples(args.source, args.bad, columns=args.columns)
     if records[0].kind == "groups":
         raise ValueError(
             f"{args.source}: paraphrases have no steps; give messages with a user and an assistant"

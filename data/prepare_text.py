@@ -1,14 +1,18 @@
-"""Tokenise any text: a text file, JSON lines, or a Hugging Face dataset.
+"""Tokenise any text: text files, JSON lines, tables, or a Hugging Face dataset.
 
     python data/prepare_text.py --source book.txt --tokenizer r50k_base --out data/book
+    python data/prepare_text.py --source books --vocab-size 4096 --out data/books
     python data/prepare_text.py --source pages.jsonl --field text --vocab-size 4096 --out data/pages
     python data/prepare_text.py --source HuggingFaceFW/fineweb --name sample-10BT \\
         --documents 2000000 --vocab-size 4096 --out data/fineweb_bpe4096
 
 Then train with DATA_PATH=<the --out folder>. A text file is one document, or several with
---separator. The tokenizer is a tiktoken name of at most 65,536 tokens, a file of ranks, which is
-read with GPT-2's split pattern, or, with --vocab-size, BPE trained on the training documents. The
-val split is made of whole documents; of a single document it is the last tenth.
+--separator; so is each .txt file in a folder and the folders in it. Of .jsonl, .ndjson, .jsonlines,
+.json, .csv, .tsv and .parquet each row is a document. All but .parquet may end in .gz or .zst.
+
+The tokenizer is a tiktoken name of at most 65,536 tokens, a file of ranks, which is read with
+GPT-2's split pattern, or, with --vocab-size, BPE trained on the training documents. The val split
+is made of whole documents; of a single document it is the last tenth.
 """
 
 import functools
@@ -17,48 +21,56 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanojepa.files import numbered_lines, one_line_errors, parse_line, script_parser
-from nanojepa.records import open_dataset
+from nanojepa.files import one_line_errors, script_parser
+from nanojepa.readers import kind_of, open_dataset, open_rows, read_text
 from nanojepa.shards import prepare
 
-
-def file_documents(path, separator):
-    """Yield the documents of a text file: all of it, or its parts if there is a separator."""
-    try:
-        # read_text would change line ends, and the bytes with them.
-        text = Path(path).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: not UTF-8; convert it first") from None
-    if separator:
-        yield from (part for part in text.split(separator) if part.strip())
-    elif text:
-        yield text
+TABLES = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv", ".parquet")
 
 
-def line_documents(path, field):
-    """Yield the text in a field of every line of a JSON-lines file."""
-    for number, line in numbered_lines(path):
+def file_documents(paths, separator):
+    """Yield the documents of text files: each of them, or its parts if there is a separator."""
+    for path in paths:
+        text = read_text(path)
+        parts = text.split(separator) if separator else [text]
+        yield from (part for part in parts if part.strip() or (part and not separator))
+
+
+def row_documents(path, field):
+    """Yield the text in a field of every row of a file."""
+    rows = open_rows(path)
+    for number, raw in rows.items:
         try:
-            text = parse_line(line)[field]
+            text = rows.parse(raw)[field]
             if not isinstance(text, str):
                 raise TypeError("it holds something else")
             text.encode()  # half a surrogate pair has no UTF-8 form
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{path}, line {number}: no JSON object with a text in the field {field!r} "
+                f"{path}, line {number}: no row with a text in the field {field!r} "
                 f"({error}); choose --field, or mend the line"
             ) from None
         if text:
             yield text
 
 
+def texts_in(folder):
+    """The .txt files of a folder and the folders in it; none if it holds a data set."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    if any(kind_of(path) in (*TABLES, ".arrow") for path in files):
+        return []
+    return [path for path in files if kind_of(path) == ".txt"]
+
+
 def find_documents(args):
     """A function that returns a fresh iterator over the documents of the source."""
     path = Path(args.source)
-    if path.suffix in (".jsonl", ".json") and path.is_file():
-        return functools.partial(line_documents, path, args.field)
-    if path.is_file():
-        return functools.partial(file_documents, path, args.separator)
+    if path.is_file() and kind_of(path) in TABLES:
+        return functools.partial(row_documents, path, args.field)
+    if paths := [path] if path.is_file() else texts_in(path):
+        if path.is_dir():
+            print(f"{path}: {len(paths):,} text files", file=sys.stderr)
+        return functools.partial(file_documents, paths, args.separator)
     dataset = open_dataset(args.source, args.name, args.split)
     if args.field not in dataset.column_names:
         columns = ", ".join(dataset.column_names)
@@ -73,7 +85,7 @@ def parse_args(argv):
     add(
         "--source",
         required=True,
-        help="a text file, a .jsonl or .json file of one object a line, or a Hugging Face dataset",
+        help="a text file, a folder of them, a file of rows, or a Hugging Face dataset",
     )
     add("--out", required=True, help="folder to make")
     tokenizer = parser.add_mutually_exclusive_group(required=True)
@@ -86,7 +98,7 @@ def parse_args(argv):
     add("--field", default="text", help="field or column that holds the text (default: text)")
     add("--separator", help="text between the documents of a text file, e.g. '<|endoftext|>'")
     add("--name", help="configuration of a Hugging Face dataset")
-    add("--split", default="train", help="split of a Hugging Face dataset (default: train)")
+    add("--split", default="", help="split of a Hugging Face dataset (default: train)")
     add("--documents", type=int, help="use only so many documents, the first ones")
     add(
         "--val-fraction",

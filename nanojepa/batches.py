@@ -378,7 +378,7 @@ class PairData(DataFolder):
         # Step 1 ends with the token that holds the last byte of its blank line.
         size = len(said[: ends.first].encode())
         count = int(np.searchsorted(np.cumsum([len(piece) for piece in pieces]), size)) + 1
-        second = self.encoding.encode_ordinary(said[ends.first : ends.second])
+        second = self.encode(said[ends.first : ends.second])
         trunk = [self.doc_token, *text, self.separator, *code[:count]]
         return [View(trunk, len(text) + 2, document=0), View([self.doc_token, *second], 1)]
 

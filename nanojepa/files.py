@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, sealed with their own sha256, or read line by line.
+"""Files that are written whole or not at all, or sealed with their own sha256.
 
 A sealed file is one JSON object whose last key, sha256, is the digest of the text before it. Such
 are meta.json of a data folder, manifest.json of a checkpoint and sha256.json of a model's folder.
@@ -7,7 +7,6 @@ are meta.json of a data folder, manifest.json of a checkpoint and sha256.json of
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-LINE_BYTES = 10_000_000  # the longest line of JSON that is read
 SEAL = "sha256.json"
 
 
@@ -169,32 +167,3 @@ def check_seal(folder):
                 f"{path}: missing, or its sha256 is not the one in {SEAL}; fetch or make the "
                 f"folder again, or remove {SEAL} if the file was meant to change"
             )
-
-
-# ---- lines of JSON
-
-
-def numbered_lines(path):
-    """Yield (number, bytes) of every line of a file that isn't blank, for parse_line.
-
-    Of a line that is too long, no more than LINE_BYTES and one are ever in memory.
-    """
-    with open(path, "rb") as file:
-        for number in itertools.count(1):
-            line = rest = file.readline(LINE_BYTES + 1)
-            if not line:
-                return
-            while rest and not rest.endswith(b"\n"):
-                rest = file.readline(2**16)
-            if line.strip() or len(line) > LINE_BYTES:
-                yield number, line
-
-
-def parse_line(line):
-    """The JSON of a line; ValueError if it is none, or too long."""
-    if len(line.removesuffix(b"\n")) > LINE_BYTES:
-        raise ValueError(f"longer than {LINE_BYTES:,} bytes")
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None

@@ -1,8 +1,8 @@
 """Pairs of texts and groups of paraphrases: lines of JSON, and the token shards made of them.
 
 A line is {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}, whose user
-message is Text and whose assistant message is Code, or {"paraphrases": [text, text, ...]}. The
-first line says of which kind a file is.
+message is Text and whose assistant message is Code, or {"paraphrases": [text, text, ...]}. Other
+forms that people have are read as one of these (FORMS). A file is of one kind, pairs or groups.
 
 In a shard an example is marker, view, separator, view, and so on.
 """
@@ -13,7 +13,8 @@ import reprlib
 import sys
 from typing import NamedTuple
 
-from nanojepa.files import numbered_lines, one_line, parse_line, progress, whole_folder, write_whole
+from nanojepa.files import progress, whole_folder, write_whole
+from nanojepa.readers import open_rows
 from nanojepa.shards import digest, hold_out, read_meta, write_folder
 from nanojepa.tokenizer import load_tokenizer, train_bpe
 
@@ -41,7 +42,7 @@ class Record(NamedTuple):
 
 
 def jsonl(records):
-    """The lines, bytes, that read_jsonl reads as these Records."""
+    """The lines, bytes, that read_examples reads as these Records."""
     return "".join(json.dumps(record.to_json()) + "\n" for record in records).encode()
 
 
@@ -61,43 +62,142 @@ def check_text(text, name):
     return text
 
 
-def parse(line, obj):
-    """The Record of the JSON in a line; ValueError says what is wrong with it."""
-    if isinstance(obj, dict) and "paraphrases" in obj:
-        texts = obj["paraphrases"]
-        if not isinstance(texts, list) or len(texts) < 2:
-            raise ValueError("paraphrases: a group needs at least two texts")
-        views = [check_text(text, f"paraphrases[{i}]") for i, text in enumerate(texts)]
-        return Record(line, "groups", None, views)
-    messages = obj.get("messages") if isinstance(obj, dict) else None
+def parse(line, row, columns=None):
+    """The Record of a row, a dict; ValueError says what is wrong with it.
+
+    columns: the names of the columns that hold Text and Code; without them, one of FORMS is found.
+    """
+    if columns:
+        missing = [name for name in columns if name not in row]
+        if missing:
+            raise ValueError(f"no column {missing[0]} among {', '.join(map(repr, row))}")
+        return pair_of_columns(line, row, *columns)
+    form = form_of(row)
+    if form is None:
+        raise ValueError(
+            f"its columns {reprlib.repr(list(row))} are neither messages nor paraphrases nor "
+            "another known form (docs/data.md); name those of the two texts"
+        )
+    return FORMS[form](line, row)
+
+
+def form_of(row):
+    """The key in FORMS of a row, or None."""
+    return next((form for form in FORMS if all(name in row for name in form)), None)
+
+
+def group_of_paraphrases(line, row):
+    texts = row["paraphrases"]
+    if not isinstance(texts, list) or len(texts) < 2:
+        raise ValueError("paraphrases: a group needs at least two texts")
+    views = [check_text(text, f"paraphrases[{i}]") for i, text in enumerate(texts)]
+    return Record(line, "groups", None, views)
+
+
+def pair_of_messages(line, row, key="messages", role="role", content="content"):
+    """A conversation of one user and one assistant message, after at most one system message."""
+    messages = row[key]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError('neither {"messages": [...]} nor {"paraphrases": [...]}')
-    roles = [message.get("role") for message in messages]
+        raise ValueError(f"{key} is no list of messages")
+    roles = [ROLES.get(str(message.get(role)), message.get(role)) for message in messages]
     if roles not in (["system", "user", "assistant"], ["user", "assistant"]):
         raise ValueError(
             f"roles {reprlib.repr(roles)}: there must be one user and one assistant message, after "
             "at most one system message"
         )
-    system = messages[0].get("content") if len(messages) == 3 else None
+    texts = [
+        text_of_parts(message.get(content), name)
+        for name, message in zip(roles, messages, strict=True)
+    ]
+    system = texts[0] if len(texts) == 3 else None
     if system not in (None, ""):
         check_text(system, "system")
-    views = [check_text(message.get("content"), message["role"]) for message in messages[-2:]]
+    views = [check_text(text, name) for text, name in zip(texts[-2:], roles[-2:], strict=True)]
     return Record(line, "pairs", system, views)
+
+
+def text_of_parts(content, name):
+    """The text of a content, which may be a list of parts: {"type": "text", "text": ...}."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise ValueError(f"{name} has a part that is no text ({reprlib.repr(kind)})")
+        texts.append(part["text"])
+    if not texts:
+        raise ValueError(f"{name} has no parts")
+    return "".join(texts)
+
+
+def pair_of_sharegpt(line, row):
+    """As messages; its keys are from and value, and its roles human and gpt."""
+    turns = row["conversations"]
+    first = turns[0] if isinstance(turns, list) and turns else {}
+    if isinstance(first, dict) and "role" in first:
+        return pair_of_messages(line, row, "conversations")
+    return pair_of_messages(line, row, "conversations", "from", "value")
+
+
+def pair_of_alpaca(line, row):
+    """The instruction, with what it is about after it, and the output."""
+    parts = [check_text(row["instruction"], "instruction")]
+    if row.get("input"):
+        parts.append(check_text(row["input"], "input"))
+    output, system = check_text(row["output"], "output"), row.get("system")
+    if system:
+        check_text(system, "system")
+    return Record(line, "pairs", system or None, ["\n\n".join(parts), output])
+
+
+def pair_of_columns(line, row, text, code):
+    """Two columns of texts; or of lists of messages, which together are a conversation."""
+    sides = [row[text], row[code]]
+    if all(isinstance(side, list) for side in sides):
+        return pair_of_messages(line, {"messages": sides[0] + sides[1]})
+    views = [check_text(side, name) for side, name in zip(sides, (text, code), strict=True)]
+    return Record(line, "pairs", None, views)
+
+
+def columns_of(*names):
+    return lambda line, row: pair_of_columns(line, row, *names)
+
+
+# Roles that others have for user, assistant and system.
+ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
+# The forms of rows, by the columns that tell them, the first that fits.
+FORMS = {
+    ("paraphrases",): group_of_paraphrases,
+    ("messages",): pair_of_messages,
+    ("conversations",): pair_of_sharegpt,
+    ("instruction", "output"): pair_of_alpaca,
+    **{
+        names: columns_of(*names)
+        for names in (
+            ("prompt", "completion"),
+            ("prompt", "response"),
+            ("question", "answer"),
+            ("text", "code"),
+        )
+    },
+}
+OURS = (("paraphrases",), ("messages",))
 
 
 # ---- a file or a data set
 
 
-def read_records(items, make, place, bad="stop"):
-    """[make(number, item)] of numbered items, each of which makes one Record.
+def read_rows(items, make, place, bad="stop"):
+    """[make(number, item)] of numbered items.
 
-    bad: an item of which make raises ValueError stops it all, or is skipped ("skip"); either way
-    it is named.
+    bad: an item of which make raises ValueError stops it all, or is skipped and counted ("skip");
+    either way it is named.
     """
-    records, skipped = [], 0
+    made, skipped = [], 0
     for number, item in items:
         try:
-            records.append(make(number, item))
+            made.append(make(number, item))
         except ValueError as error:
             if bad == "stop":
                 raise ValueError(
@@ -106,9 +206,14 @@ def read_records(items, make, place, bad="stop"):
             skipped += 1
             print(f"{place}, line {number}: skipped: {error}", file=sys.stderr)
     if skipped:
-        print(f"{place}: {skipped} of {skipped + len(records)} lines skipped", file=sys.stderr)
-    if not records:
+        print(f"{place}: {skipped} of {skipped + len(made)} lines skipped", file=sys.stderr)
+    if not made:
         raise ValueError(f"{place} holds no usable line")
+    return made
+
+
+def check_kinds(records, place):
+    """The Records; ValueError if they are of both kinds."""
     for record in records:
         if record.kind != records[0].kind:
             other = "paraphrases" if record.kind == "groups" else "messages"
@@ -119,29 +224,32 @@ def read_records(items, make, place, bad="stop"):
     return records
 
 
-def read_jsonl(path, bad="stop", limit=None):
-    """The Records of a file with a JSON object a line, of its first `limit` lines."""
-    lines = itertools.islice(numbered_lines(path), limit)
-    return read_records(lines, lambda n, line: parse(n, parse_line(line)), str(path), bad)
+def recorder(place, columns=None):
+    """make() for read_rows: the Record of a row. The first form that isn't ours is said."""
+    said = set()
+
+    def make(number, row):
+        form = tuple(columns or ()) or form_of(row)
+        if form and form not in OURS and not said:
+            print(f"{place}: read by its columns {', '.join(form)}", file=sys.stderr)
+            said.add(form)
+        return parse(number, row, columns)
+
+    return make
 
 
-def open_dataset(source, name, split, cache_dir=None):
-    """A Hugging Face dataset from the hub, downloaded once, or from a folder."""
-    from datasets import load_dataset  # slow to import
-
-    try:
-        return load_dataset(source, name or None, split=split, cache_dir=cache_dir or None)
-    except Exception as error:  # of many kinds: no such dataset, configuration, split, network
-        raise ValueError(
-            f"{source}: neither a file nor a dataset that can be loaded ({one_line(error)}); "
-            "check its name, its configuration and its split"
-        ) from None
+def read_examples(path, bad="stop", limit=None, columns=None):
+    """The Records of the first `limit` rows of a file (readers.py); columns: as for parse()."""
+    rows, record = open_rows(path), recorder(path, columns)
+    items = itertools.islice(rows.items, limit)
+    records = read_rows(items, lambda n, raw: record(n, rows.parse(raw)), str(path), bad)
+    return check_kinds(records, path)
 
 
-def read_dataset(source, name, split, limit=None, cache_dir=None):
-    """The Records of a Hugging Face dataset with a column messages or paraphrases."""
-    rows = itertools.islice(open_dataset(source, name, split, cache_dir), limit)
-    return read_records(enumerate(rows, 1), parse, source)
+def read_dataset(dataset, place, bad="stop", limit=None, columns=None):
+    """The Records of the first `limit` rows of a Hugging Face dataset."""
+    items = enumerate(itertools.islice(dataset, limit), 1)
+    return check_kinds(read_rows(items, recorder(place, columns), place, bad), place)
 
 
 # ---- train and test

@@ -41,6 +41,7 @@ from nanojepa.tokenizer import (
     train_bpe,
     write_ranks,
 )
+from nanojepa.vocabulary import load_vocabulary
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
@@ -68,9 +69,15 @@ def write_shard(path, tokens):
 
 
 def read_shard(path):
-    """The tokens of a shard, as a uint16 memmap; ValueError says what is wrong with the file."""
+    """The tokens of a shard, as a uint16 memmap; ValueError says what is wrong with the file.
+
+    train.bin and val.bin may be nanoGPT's, which have no header.
+    """
     header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    if len(header) < HEADER_INTS or tuple(header[:2]) != (MAGIC, VERSION):
+    whole = len(header) == HEADER_INTS and tuple(header[:2]) == (MAGIC, VERSION)
+    if not whole and path.name in ("train.bin", "val.bin"):
+        return read_headerless(path)
+    if not whole:
         raise ValueError(
             f"{path}: not a token shard, which begins with {MAGIC} and {VERSION}; make shards with "
             "a script in data/"
@@ -82,6 +89,14 @@ def read_shard(path):
             "or make it again"
         )
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES)
+
+
+def read_headerless(path):
+    """The tokens of a file that is nothing but uint16."""
+    size = os.path.getsize(path)
+    if not size or size % 2:
+        raise ValueError(f"{path}: {size} bytes are no tokens of two bytes; fetch or make it again")
+    return np.memmap(path, dtype="<u2", mode="r")
 
 
 def hold_file(path):
@@ -168,9 +183,9 @@ def find_meta(folder):
 class DataFolder:
     """The checked shards of a folder, and what is known of their tokens.
 
-    train, val: the tokens of each shard. encoding, token_table, bytes_per_token: None if the
-    tokenizer of another project's shards is not given. sha256: of all that val_bpb is made of;
-    None without a meta.json. warnings: lines for the log.
+    train, val: the tokens of each shard. encode, token_table, bytes_per_token: None if the
+    tokenizer of another project's shards is not given. prefixed: as of a Vocabulary. sha256: of all
+    that val_bpb is made of; None without a meta.json. warnings: lines for the log.
     """
 
     def __init__(self, cfg, folder=None, part=0, parts=1):
@@ -188,19 +203,20 @@ class DataFolder:
     def read_vocabulary(self):
         """Find the tokenizer, the document marker and the size of the vocabulary."""
         cfg, meta = self.cfg, self.meta
-        self.sha256 = self.encoding = self.token_table = self.bytes_per_token = None
-        self.doc_token, self.vocab_size = cfg.doc_token, cfg.vocab_size
+        self.sha256 = self.encode = self.token_table = self.bytes_per_token = None
+        self.doc_token, self.vocab_size, self.prefixed = cfg.doc_token, cfg.vocab_size, None
         if meta:
-            self.encoding, self.doc_token = saved_encoding(self.folder, meta), meta["doc_token"]
-            self.sha256 = self.hash_meta()
+            encoding = saved_encoding(self.folder, meta)
+            self.encode, self.token_table = encoding.encode_ordinary, token_bytes(encoding)
+            self.doc_token, self.sha256 = meta["doc_token"], self.hash_meta()
             if cfg.tokenizer:
                 self.warnings.append(
                     f"TOKENIZER={cfg.tokenizer} is not used: {self.folder} has a meta.json"
                 )
+            sizes = meta["bytes_per_token"]
+            self.token_table += [b""] * (len(sizes) - len(self.token_table))
         elif cfg.tokenizer:
-            self.encoding = load_tokenizer(cfg.tokenizer)
-            if os.path.isfile(cfg.tokenizer):
-                self.warnings += filter(None, [hold_file(cfg.tokenizer)])
+            sizes = self.read_foreign_vocabulary()
         elif cfg.vocab_size:
             self.warnings.append(
                 f"no val_bpb: {self.folder} has no meta.json and TOKENIZER is not set, so the "
@@ -212,9 +228,6 @@ class DataFolder:
                 f"{self.folder} has no meta.json: set TOKENIZER to the tokenizer of its shards, "
                 "or VOCAB_SIZE, without val_bpb"
             )
-        self.token_table = token_bytes(self.encoding)
-        sizes = meta["bytes_per_token"] if meta else [len(token) for token in self.token_table]
-        self.token_table += [b""] * (len(sizes) - len(self.token_table))
         self.bytes_per_token = np.array(sizes, dtype=np.int64)
         self.vocab_size = cfg.vocab_size or len(sizes)
         if self.vocab_size < len(sizes):
@@ -222,12 +235,42 @@ class DataFolder:
                 f"VOCAB_SIZE={cfg.vocab_size}: the tokens of {self.folder} need {len(sizes)}"
             )
 
+    def read_foreign_vocabulary(self):
+        """Take the tokenizer that TOKENIZER names; returns the bytes of each token."""
+        cfg = self.cfg
+        if os.path.isfile(cfg.tokenizer):
+            self.warnings += filter(None, [hold_file(cfg.tokenizer)])
+        vocabulary = load_vocabulary(cfg.tokenizer)
+        self.encode, self.token_table = vocabulary.encode, vocabulary.table
+        self.prefixed = vocabulary.prefixed
+        if cfg.doc_token >= len(vocabulary.table) and vocabulary.marker is not None:
+            self.doc_token = vocabulary.marker
+            self.warnings.append(
+                f"DOC_TOKEN={cfg.doc_token} is none of the {len(vocabulary.table)} tokens of "
+                f"{cfg.tokenizer}; its own, {vocabulary.marker}, is taken"
+            )
+        return [len(token) for token in vocabulary.table]
+
+    def text_bytes(self, idx, targets):
+        """Bytes of the text of targets (R, T) after idx (R, T), arrays; -1 is no target."""
+        sizes, scored = self.bytes_per_token, targets >= 0
+        if sizes is None:
+            return 0
+        total = int(sizes[targets[scored]].sum())
+        if self.prefixed is not None:
+            begins = sizes[idx[scored]] == 0  # after a token that is no text
+            total -= int((self.prefixed[targets[scored]] & begins).sum())
+        return total
+
     def find_files(self):
         """{"train": [path], "val": [path]}; ValueError if they aren't those of meta.json."""
         files = {"train": [], "val": []}
         for path in sorted(self.folder.glob("*.bin")):
             if split := SPLIT_OF_NAME.fullmatch(path.name):
                 files[split[1]].append(path)
+        if not any(files.values()):  # nanoGPT's
+            whole = {split: self.folder / f"{split}.bin" for split in files}
+            files = {split: [path] if path.is_file() else [] for split, path in whole.items()}
         for split, paths in files.items():
             if not paths:
                 raise ValueError(

@@ -14,20 +14,18 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, make_config
 from data import prepare_text
-from nanojepa import files
+from nanojepa import files, readers
 from nanojepa.batches import TokenData, open_data
 from nanojepa.files import (
-    LINE_BYTES,
     check_seal,
-    numbered_lines,
-    parse_line,
     read_sealed,
     seal_folder,
     sha256_file,
     write_sealed,
     write_whole,
 )
-from nanojepa.records import read_jsonl
+from nanojepa.readers import numbered_lines, parse_line
+from nanojepa.records import read_examples
 from nanojepa.shards import write_meta, write_shard
 from nanojepa.tokenizer import make_encoding, read_ranks, write_ranks
 
@@ -342,6 +340,14 @@ SYSTEM = (
     b'{"messages": [{"role": "system", "content": %s}, {"role": "user", "content": "u"}, '
     b'{"role": "assistant", "content": "a"}]}'
 )
+LINE_BYTES = 1_000_000  # in these tests
+
+
+@pytest.fixture
+def short_lines(monkeypatch):
+    monkeypatch.setattr(readers, "LINE_BYTES", LINE_BYTES)
+
+
 HOSTILE = {
     "long": PAIR % (b'"' + b"a" * LINE_BYTES + b'"', b'"t"'),
     "blank but long": b" " * (LINE_BYTES + 1),
@@ -365,18 +371,18 @@ HOSTILE |= {f"system {value.decode()}": SYSTEM % value for value in SYSTEMS}
 
 
 @pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_lines_are_named_by_number_or_skipped(tmp_path, capsys, line):
+def test_hostile_lines_are_named_by_number_or_skipped(tmp_path, capsys, line, short_lines):
     good, path = PAIR % (b'"a"', b'"t"'), tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join([good, b"", line, good, b""]))
-    for read in (read_jsonl, lambda path: list(prepare_text.line_documents(path, "text"))):
+    for read in (read_examples, lambda path: list(prepare_text.row_documents(path, "text"))):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: ") as error:
             read(path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-    assert [record.line for record in read_jsonl(path, "skip")] == [1, 4]
+    assert [record.line for record in read_examples(path, "skip")] == [1, 4]
     assert "x.jsonl, line 3: skipped: " in capsys.readouterr().err
 
 
-def test_a_line_of_10_mb_is_read_and_a_longer_one_is_never_held(tmp_path):
+def test_a_long_line_is_read_and_a_longer_one_is_never_held(tmp_path, short_lines):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'"' + b"a" * (LINE_BYTES - 2) + b'"\n"b"\r\n\xef\xbb\xbf"c"')
     lengths = [(number, len(parse_line(line))) for number, line in numbered_lines(path)]
@@ -389,7 +395,7 @@ def test_a_line_of_10_mb_is_read_and_a_longer_one_is_never_held(tmp_path):
     (one, long), (two, short) = numbered_lines(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    with pytest.raises(ValueError, match="longer than 10,000,000 bytes"):
+    with pytest.raises(ValueError, match="longer than 1,000,000 bytes"):
         parse_line(long)
     assert (one, two, parse_line(short)) == (1, 2, "last") and peak < 4 * LINE_BYTES
 

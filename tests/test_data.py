@@ -176,12 +176,18 @@ BAD_SOURCES = [
     (["--source", "D/no/such_dataset", "--vocab-size", "300"], "neither a file nor a dataset"),
     (
         ["--source", "D/bad.jsonl", "--vocab-size", "300"],
-        "bad.jsonl, line 2: no JSON object with a text in the field 'text'",
+        "bad.jsonl, line 2: no row with a text in the field 'text'",
     ),
-    (["--source", "D/number.jsonl", "--vocab-size", "300"], "number.jsonl, line 1: no JSON object"),
+    (
+        ["--source", "D/number.jsonl", "--vocab-size", "300"],
+        "number.jsonl, line 1: no row with a text",
+    ),
     (["--source", "D/half.jsonl", "--vocab-size", "300"], "half.jsonl, line 1"),
     (["--source", "D/empty.txt", "--vocab-size", "300"], "holds no text"),
-    (["--source", "D/latin.txt", "--vocab-size", "300"], "latin.txt, byte 1: not UTF-8"),
+    (
+        ["--source", "D/latin.txt", "--vocab-size", "300"],
+        "latin.txt, line 1: not UTF-8 at its byte 2",
+    ),
     (["--source", "D/ok.txt", "--vocab-size", "100000"], "--vocab-size 100000"),
     (["--source", "D/ok.txt", "--vocab-size", "100"], "--vocab-size 100"),
     (["--source", "D/ok.txt", "--tokenizer", "gpt9"], "neither a file of ranks nor one of"),

@@ -33,7 +33,7 @@ from nanojepa.hf.model import CausalLM
 from nanojepa.objectives import OBJECTIVES, Objective
 from nanojepa.objectives.distance import Views
 from nanojepa.objectives.schedule import keeps_term
-from nanojepa.records import read_jsonl
+from nanojepa.records import read_examples
 from nanojepa.settings import load_settings
 
 QUESTIONS = hf.QUESTIONS[:8]
@@ -814,7 +814,7 @@ def test_the_views_of_a_saved_model_are_those_it_trained(models, questions, tmp_
     network, tokenizer = model.open_model(str(out), torch.float32)
     from nanojepa.eval.similarity import states_of_views
 
-    views = run.views_of(network, run.Chat(tokenizer), out, read_jsonl(data))
+    views = run.views_of(network, run.Chat(tokenizer), out, read_examples(data))
     found = states_of_views(*views, 3)
     assert found.group.tolist() == [*range(9)] and found.u.shape == found.v.shape == (9, 32)
     saved = AutoModelForCausalLM.from_pretrained(out)
@@ -1069,7 +1069,8 @@ CHANGES = {
 ELSEWHERE = """
 general.show model.name model.cache_dir model.trust_remote_code dataset.train_file dataset.data_file
 dataset.eval_split dataset.split_seed dataset.max_items dataset.max_eval_items dataset.config_name
-dataset.train_split dataset.remove_thinking dataset.date dataset.cache_dir
+dataset.train_split dataset.test_split dataset.columns dataset.bad dataset.remove_thinking
+dataset.date dataset.cache_dir
 dataset.preprocess_num_proc dataset.tokenize_num_proc dataset.tokenize_batch_size
 training.output_dir training.lbd training.additive_mask training.gamma training.track_flop
 training.fsdp training.resume

@@ -14,7 +14,7 @@ from nanojepa.hf.chat import Chat
 from nanojepa.hf.layout import Source, lay_out, prepare, read_records, read_sources
 from nanojepa.hf.settings import Data
 from nanojepa.objectives import OBJECTIVES, Options
-from nanojepa.records import Record, read_jsonl
+from nanojepa.records import Record, read_examples
 
 PREDS = (400, 401)
 WORDS = st.text("ab c\n", min_size=1, max_size=12).filter(str.strip)
@@ -184,7 +184,7 @@ def test_paraphrases_each_predict_the_next(chats, tmp_path):
     file.write_text("\n".join(json.dumps({"paraphrases": texts}) for texts in groups))
     data = Data(plain=True, train_all=True)
     chat = Chat(chats["llama"].tokenizer, plain=True)
-    records = read_records(str(file), data, "train", 0)
+    records = read_records(str(file), data, 0)
     first, _ = prepare(Source("file", records), chat, data, make_objective(preds=PREDS)).examples
     texts = [[chat.start, *chat.encode(text)] for text in groups[0]]
     assert [(seen(first, a), seen(first, b)) for a, b in first.pairs] == [
@@ -196,7 +196,7 @@ def test_paraphrases_each_predict_the_next(chats, tmp_path):
     with pytest.raises(
         ValueError, match="paraphrases have no user .*give dataset.plain and train_all"
     ):
-        read_records(str(file), Data(), "train", 0)
+        read_records(str(file), Data(), 0)
 
 
 def test_a_record_that_cannot_be_laid_out_is_named(chats):
@@ -208,7 +208,7 @@ def test_a_record_that_cannot_be_laid_out_is_named(chats):
 
 
 def test_several_processes_make_the_same_examples(chats, questions):
-    source = Source(questions, read_jsonl(questions))
+    source = Source(questions, read_examples(questions))
     one = prepare(source, chats["neox"], Data(), make_objective())
     two = prepare(
         source, chats["neox"], Data(tokenize_num_proc=2, tokenize_batch_size=3), make_objective()
@@ -233,25 +233,28 @@ def test_a_file_is_split_by_its_seed(questions):
 def test_keys_of_loading_reach_the_loader(questions, monkeypatch):
     calls = []
 
-    def read_dataset(name, config_name, split, limit, cache_dir):
-        calls.append((name, config_name, split, limit, cache_dir))
-        return read_jsonl(questions)
+    def open_dataset(name, config_name, split, order, cache_dir, key):
+        calls.append((name, config_name, split, order[0], cache_dir, key))
+        return [json.loads(line) for line in Path(questions).read_text().splitlines()]
 
-    monkeypatch.setattr(layout, "read_dataset", read_dataset)
+    monkeypatch.setattr(layout, "open_dataset", open_dataset)
     names = dict(train_file="owner/name", eval_file="owner/name")
-    read_sources(Data(**names, config_name="main", train_split="part", cache_dir="dc", max_items=5))
-    read_sources(Data(**names, max_eval_items=2))
+    options = dict(config_name="main", train_split="part", test_split="rest", cache_dir="dc")
+    first = read_sources(Data(**names, **options, max_items=5, max_eval_items=2))
+    read_sources(Data(**names))
+    assert [len(source.records) for source in first.values()] == [5, 2]
+    train, test = "dataset.train_split", "dataset.test_split"
     assert calls == [
-        ("owner/name", "main", "part", 5, "dc"),
-        ("owner/name", "main", "test", None, "dc"),
-        ("owner/name", "", "train", None, ""),
-        ("owner/name", "", "test", 2, ""),
+        ("owner/name", "main", "part", "train", "dc", train),
+        ("owner/name", "main", "rest", "test", "dc", test),
+        ("owner/name", "", "", "train", "", train),
+        ("owner/name", "", "", "test", "", test),
     ]
 
 
 def test_only_the_lines_that_are_asked_for_are_read(questions, tmp_path):
     file = tmp_path / "late.jsonl"
     file.write_text(Path(questions).read_text() + "no JSON")
-    assert len(read_records(str(file), Data(), "train", 3)) == 3
+    assert len(read_records(str(file), Data(), 3)) == 3
     with pytest.raises(ValueError, match="late.jsonl, line 9"):
-        read_records(str(file), Data(), "train", 0)
+        read_records(str(file), Data(), 0)

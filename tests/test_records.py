@@ -13,7 +13,15 @@ from nanojepa import batches, corpora
 from nanojepa.batches import PairData
 from nanojepa.corpora import Tree
 from nanojepa.examples import ExampleSet
-from nanojepa.records import Record, parse, read_dataset, read_jsonl, seen_in_train, split_examples
+from nanojepa.readers import open_dataset
+from nanojepa.records import (
+    Record,
+    parse,
+    read_dataset,
+    read_examples,
+    seen_in_train,
+    split_examples,
+)
 from nanojepa.shards import read_shard
 from nanojepa.tokenizer import saved_encoding
 
@@ -54,8 +62,8 @@ HALF_A_PAIR = (
     [
         ('{"messages": [', "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ('"text"', 'neither {"messages"'),
-        ('{"message": []}', 'neither {"messages"'),
+        ('"text"', "no JSON object"),
+        ('{"message": []}', "its columns .*message.* are neither messages nor"),
         ({"messages": GOOD["messages"][:2]}, "roles .*: there must be one user"),
         ({"messages": GOOD["messages"][::2]}, "roles .*: there must be one user"),
         (
@@ -76,8 +84,8 @@ def test_a_bad_line_stops_or_is_skipped_by_name(tmp_path, capsys, line, reason):
     path = json_file(tmp_path / "x.jsonl", good, "", line, good)
     place = f"{re.escape(path)}, line 3"
     with pytest.raises(ValueError, match=rf"^{place}: .*{reason}.*--bad skip$"):
-        read_jsonl(path)
-    assert [record.line for record in read_jsonl(path, "skip")] == [1, 4]
+        read_examples(path)
+    assert [record.line for record in read_examples(path, "skip")] == [1, 4]
     said = capsys.readouterr().err
     assert re.search(rf"{place}: skipped: .*{reason}", said) and "1 of 3 lines skipped" in said
 
@@ -85,14 +93,14 @@ def test_a_bad_line_stops_or_is_skipped_by_name(tmp_path, capsys, line, reason):
 def test_invalid_utf8_mixed_kinds_and_nothing_left(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"paraphrases": ["a", "\xff"]}\n')
-    with pytest.raises(ValueError, match="line 1: not JSON"):
-        read_jsonl(path)
+    with pytest.raises(ValueError, match="line 1: not UTF-8"):
+        read_examples(path)
     with pytest.raises(ValueError, match="holds no usable line"):
-        read_jsonl(path, "skip")
+        read_examples(path, "skip")
     json_file(path, GOOD, group("a", "b"))
     with pytest.raises(ValueError, match="line 2: paraphrases among lines of the other kind"):
-        read_jsonl(path)
-    assert [record.kind for record in read_jsonl(path, limit=1)] == ["pairs"]
+        read_examples(path)
+    assert [record.kind for record in read_examples(path, limit=1)] == ["pairs"]
 
 
 def test_a_record_is_the_line_it_was_read_from():
@@ -188,13 +196,13 @@ def test_hugging_face_datasets_by_columns_and_groups(tmp_path):
 
     train, test = make("pairs", "--columns", "q", "a")
     assert sorted(train + test) == sorted([row["q"], row["a"]] for row in rows) and len(test) == 1
-    records = read_jsonl(tmp_path / "pairs" / "test.jsonl")  # for evaluate.py
+    records = read_examples(tmp_path / "pairs" / "test.jsonl")  # for evaluate.py
     assert [record.views for record in records] == test
     assert make("lists", "--group", "texts")[0][0] in [row["texts"] for row in rows]
     assert make("columns", "--group", "q", "a")[0][0] in [[row["q"], row["a"]] for row in rows]
     for flags, message in (
-        (["--columns", "q", "b"], "no column b; choose --columns TEXT CODE or --group"),
-        ([], "no columns given; choose .* among q, a, texts of"),
+        (["--columns", "q", "b"], "no column b among 'q', 'a', 'texts'"),
+        ([], "its columns .*'q', 'a', 'texts'.* are neither messages"),
         (["--group", "q"], "line 1: paraphrases: a group needs at least two texts"),
     ):
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
@@ -202,11 +210,14 @@ def test_hugging_face_datasets_by_columns_and_groups(tmp_path):
 
 
 def test_a_dataset_with_a_column_of_messages(tmp_path):
-    json_file(tmp_path / "train.jsonl", *words(6))
-    records = read_dataset(str(tmp_path), None, "train", limit=4, cache_dir=str(tmp_path / "cache"))
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    json_file(folder / "train.jsonl", *words(6))
+    dataset = open_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
+    records = read_dataset(dataset, "place", limit=4)
     assert [r.views for r in records] == [parse(0, line).views for line in words(4)]
     with pytest.raises(ValueError, match="no/such: neither a file nor a dataset.*check its name"):
-        read_dataset("no/such", None, "train")
+        open_dataset("no/such")
 
 
 @pytest.mark.parametrize(
@@ -217,7 +228,7 @@ def test_a_dataset_with_a_column_of_messages(tmp_path):
         (["--train", "x", "--tokenizer", "gpt2", "--vocab-size", "300"], "not allowed with"),
         (["--train", "x", "--columns", "a", "b", "--group", "c"], "not allowed with"),
         (["--train", "x", "--test-fraction", "2"], "--test-fraction 2.0: must lie between 0 and 1"),
-        (["--train", "/nowhere.jsonl"], "error: /nowhere.jsonl: No such file or directory"),
+        (["--train", "/nowhere.jsonl"], "error: /nowhere.jsonl: neither a file nor a dataset"),
     ],
 )
 def test_misuse_of_prepare_pairs(tmp_path, capsys, flags, message):
@@ -264,7 +275,7 @@ def test_nlregex_prepares_disjoint_splits_and_the_test_file(tmp_path, capsys, ki
     assert f"200 {kind} to train on, 40 to test on" in capsys.readouterr().out
     meta = json.loads((tmp_path / "once" / "meta.json").read_text())
     assert meta["overlap"]["clean"] == 40 and meta["kind"] == kind
-    assert len(read_jsonl(tmp_path / "once" / "test.jsonl")) == 40
+    assert len(read_examples(tmp_path / "once" / "test.jsonl")) == 40
     assert meta == json.loads((tmp_path / "again" / "meta.json").read_text())
     with pytest.raises(SystemExit, match="^error: --train and --test must be at least 1"):
         prepare_nlregex.main(["--train", "0"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data import prepare_steps as steps
 from nanojepa import files
-from nanojepa.records import Record, read_jsonl
+from nanojepa.records import Record, read_examples
 
 CLIPS = (
     "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\n"
@@ -105,7 +105,7 @@ def test_a_run_on_gsm8k(tmp_path, capsys):
         f"wrote {out}: 4 examples, 2.00 steps on average; 1 have fewer than two (no JEPA term), "
         "0 left out by --min_steps\n"
     )
-    assert list(out.parent.iterdir()) == [out] and len(read_jsonl(out)) == 4
+    assert list(out.parent.iterdir()) == [out] and len(read_examples(out)) == 4
 
 
 def test_flags_of_a_run(tmp_path, capsys):

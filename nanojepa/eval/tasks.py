@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanojepa.eval.sql import first_statement, run_sql
-from nanojepa.files import numbered_lines, parse_line
-from nanojepa.records import read_jsonl
+from nanojepa.readers import open_rows
+from nanojepa.records import read_rows, recorder
 
 LETTERS = "ABCD"
 ARTICLES = ("a", "an", "the")
@@ -55,25 +55,21 @@ class Task(NamedTuple):
     chooses: bool = False
 
 
-def read_questions(path, task=None, bad="stop"):
+def read_questions(path, task=None, bad="stop", columns=None):
     """The Questions of a file of messages; task: of all lines, whatever their own key says."""
-    records = read_jsonl(path, bad)
-    if records[0].kind != "pairs":
-        raise ValueError(
-            f"{path} holds groups of paraphrases; an accuracy needs messages; choose similarity"
-        )
-    lines, questions = dict(numbered_lines(path)), []
-    for record in records:
-        keys = parse_line(lines[record.line])
-        name = task or keys.get("task")
-        if name is None or not isinstance(name, str) or name not in TASKS:
+    rows, record_of = open_rows(path), recorder(path, columns)
+
+    def make(number, raw):
+        row = rows.parse(raw)
+        record, name = record_of(number, row), task or row.get("task")
+        if record.kind != "pairs":
+            raise ValueError("it holds paraphrases; an accuracy needs messages; choose similarity")
+        if not isinstance(name, str) or name not in TASKS:
             what = "no task" if name is None else f"unknown task {reprlib.repr(name)}"
-            raise ValueError(
-                f"{path}, line {record.line}: {what}; give --task or a key "
-                f'"task", one of {", ".join(TASKS)}'
-            )
-        questions.append(Question(record.line, name, record.system, *record.views, keys))
-    return questions
+            raise ValueError(f'{what}; give --task or a key "task", one of {", ".join(TASKS)}')
+        return Question(number, name, record.system, *record.views, row)
+
+    return read_rows(rows.items, make, path, bad)
 
 
 def answer_of(question, databases=None):

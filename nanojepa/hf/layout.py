@@ -17,7 +17,8 @@ from nanojepa.files import progress
 from nanojepa.hf.chat import remove_thinking
 from nanojepa.objectives.step import find_steps
 from nanojepa.packing import Document, Example, Texts, View
-from nanojepa.records import full_views, read_dataset, read_jsonl, seen_in_train
+from nanojepa.readers import TEST, TRAIN, open_dataset
+from nanojepa.records import full_views, read_dataset, read_examples, seen_in_train
 
 
 class Source(NamedTuple):
@@ -141,14 +142,18 @@ def first_steps(chat, turns):
 # ---- all records
 
 
-def read_records(name, data, split, limit):
-    """The records of a JSON-lines file or a Hugging Face dataset, at most `limit` (0: all)."""
+def read_records(name, data, limit, split="", order=TRAIN, key="dataset.train_split"):
+    """The records of a file or a Hugging Face dataset, at most `limit` (0: all).
+
+    split, order, key: as for open_dataset().
+    """
+    options = {"bad": data.bad, "limit": limit or None}
+    options["columns"] = tuple(data.columns.split(",")) if data.columns else None
     if Path(name).is_file():
-        records = read_jsonl(name, limit=limit or None)
+        records = read_examples(name, **options)
     else:
-        records = read_dataset(
-            name, data.config_name, split, limit=limit or None, cache_dir=data.cache_dir
-        )
+        dataset = open_dataset(name, data.config_name, split, order, data.cache_dir, key)
+        records = read_dataset(dataset, name, **options)
     if records[0].kind == "groups" and not (data.plain and data.train_all):
         raise ValueError(
             f"{name}: paraphrases have no user and assistant; give dataset.plain and train_all "
@@ -159,19 +164,19 @@ def read_records(name, data, split, limit):
 
 def read_sources(data):
     """{"train": Source, "eval": Source}; the latter may have no records."""
-    split = data.train_split or "train"
     if data.data_file:
-        records = read_records(data.data_file, data, split, 0)
+        records = read_records(data.data_file, data, 0, data.train_split)
         random.Random(data.split_seed).shuffle(records)
         size = round(data.eval_split * len(records))
         train = Source(data.data_file, records[size:][: data.max_items or None])
         evaluated = Source(data.data_file, records[:size][: data.max_eval_items or None])
-    else:
-        train = Source(data.train_file, read_records(data.train_file, data, split, data.max_items))
-        evaluated = Source(data.eval_file, [])
-        if data.eval_file:
-            records = read_records(data.eval_file, data, "test", data.max_eval_items)
-            evaluated = Source(data.eval_file, records)
+        return {"train": train, "eval": evaluated}
+    records = read_records(data.train_file, data, data.max_items, data.train_split)
+    train, evaluated = Source(data.train_file, records), Source(data.eval_file, [])
+    if data.eval_file:
+        limit, split, key = data.max_eval_items, data.test_split, "dataset.test_split"
+        records = read_records(data.eval_file, data, limit, split, TEST, key)
+        evaluated = Source(data.eval_file, records)
     return {"train": train, "eval": evaluated}
 
 

@@ -72,7 +72,9 @@ class Model:
 
 @dataclass
 class Data:
-    train_file: str = ""  # JSON lines or a Hugging Face dataset, of messages or paraphrases
+    # A file or a Hugging Face dataset: of messages, of another form that is recognised, or of
+    # paraphrases (docs/data.md).
+    train_file: str = ""
     eval_file: str = ""  # the same, evaluated every eval_steps
     data_file: str = ""  # the same, to be split into train and eval
     eval_split: Fraction = 0.2  # the part of data_file that is eval
@@ -80,7 +82,10 @@ class Data:
     max_items: Natural = 0  # training examples at most; 0: all
     max_eval_items: Natural = 0  # eval examples at most; 0: all
     config_name: str = ""  # configuration of a Hugging Face dataset
-    train_split: str = ""  # split of a Hugging Face dataset; empty: train, and for eval_file test
+    train_split: str = ""  # split of train_file or data_file, a dataset; empty: train
+    test_split: str = ""  # split of eval_file, a dataset; empty: test, or else validation
+    columns: str = ""  # columns that hold the user's and the assistant's text, as question,answer
+    bad: Literal["stop", "skip"] = "stop"  # what a line that is wrong does; either names it
     # Tokens of a document; the rest is cut off, and said to be.
     max_length: Annotated[int, Range(8)] = 512
     # ---- JEPA
@@ -101,6 +106,17 @@ class Data:
     preprocess_num_proc: Natural = 0  # no effect; the processes that tokenise clean the texts too
     tokenize_num_proc: Natural = 0  # processes that tokenise; 0: one for 1,000 examples
     tokenize_batch_size: Positive = 1000  # examples that one of them takes at a time
+
+    def __post_init__(self):
+        if self.columns and len(self.columns.split(",")) != 2:
+            raise ValueError(f"dataset.columns={self.columns}: must name two, as question,answer")
+        if self.data_file and self.eval_file:
+            raise ValueError(
+                "dataset.eval_file: data_file is split into train and eval; "
+                "give train_file with eval_file"
+            )
+        if self.data_file and self.eval_split == 1:
+            raise ValueError("dataset.eval_split=1: leaves nothing to train on")
 
 
 @dataclass
@@ -179,13 +195,6 @@ class Config:
                 f"training.objective={self.objective}: it compares no two texts; remove "
                 "dataset.predictors, front_pred, reverse_pred and last_token"
             )
-        if d.data_file and d.eval_file:
-            raise ValueError(
-                "dataset.eval_file: data_file is split into train and eval; "
-                "give train_file with eval_file"
-            )
-        if d.data_file and d.eval_split == 1:
-            raise ValueError("dataset.eval_split=1: leaves nothing to train on")
 
     @property
     def objective(self):
