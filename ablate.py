@@ -41,7 +41,7 @@ from typing import NamedTuple
 import yaml
 
 from nanojepa.corpora import EMBEDDED
-from nanojepa.files import one_line_errors, script_parser, write_whole
+from nanojepa.files import link_folder, one_line_errors, script_parser, shown, write_whole
 
 try:
     from nanojepa import plots, stats
@@ -146,7 +146,7 @@ def without_term(settings, script):
 
 def term_settings(script):
     """The names of the settings in a script's group JEPA."""
-    groups = re.split(r"\n +# ---- ", (ROOT / SCRIPTS[script].settings).read_text())
+    groups = re.split(r"\n +# ---- ", (ROOT / SCRIPTS[script].settings).read_text(encoding="utf-8"))
     term = "".join(group for group in groups if group.startswith("JEPA\n"))
     return re.findall(r"^    (\w+): ", term, re.MULTILINE)
 
@@ -209,8 +209,8 @@ def copy_source(arm, out):
         (folder / name).write_bytes(text)
     for name in ("data", "logs"):  # where the scripts look for them
         (ROOT / name).mkdir(exist_ok=True)
-        if not (folder / name).is_symlink():
-            (folder / name).symlink_to(ROOT / name)
+        if not (folder / name).exists():
+            link_folder(folder / name, ROOT / name)
     return folder
 
 
@@ -221,7 +221,7 @@ def read_settings(folder, script, flags):
     """
     place = SCRIPTS[script].settings.removesuffix(".py").replace("/", ".")
     command = [sys.executable, "-c", READ_SETTINGS, folder, Path(script).stem, place]
-    done = subprocess.run(command, input=json.dumps(flags), capture_output=True, text=True)
+    done = subprocess.run(command, input=json.dumps(flags), capture_output=True, encoding="utf-8")
     if done.returncode:
         kind, _, message = done.stderr.strip().splitlines()[-1].partition(": ")
         wrong = message if kind == "ValueError" else f"{folder / script}: {kind}: {message}"
@@ -272,10 +272,10 @@ class Run(NamedTuple):
             return None
         result = {}
         for file in files:
-            result |= json.loads(file.read_text())
+            result |= json.loads(file.read_bytes())
         config = self.folder / "config.yaml"
         if "config" not in result and config.is_file():
-            result["config"] = without_sections(yaml.safe_load(config.read_text()))
+            result["config"] = without_sections(yaml.safe_load(config.read_text(encoding="utf-8")))
         return result
 
 
@@ -428,7 +428,7 @@ def run_grid(argv):
             report(arms, runs, args, argv, metrics, out)
     first, text = report(arms, runs, args, argv, metrics, out)
     title = draw(runs, first, args, out / "ablation.png")
-    print(f"{text}\n\nresult: {title}; see table.md and ablation.png in ablations/{args.name}")
+    print(f"{text}\n\nresult: {title}; see table.md and ablation.png in {shown(out)}")
     return first.arms
 
 
@@ -447,7 +447,8 @@ def report(arms, runs, args, argv, metrics, out):
     trials = [stats.Trial(run.arm.label, run.seed, run.result()) for run in runs]
     found = [stats.summarise(arms, trials, metric, word) for metric in metrics]
     text = "\n\n".join(stats.markdown(one, word) for one in found)
-    (out / "table.md").write_text(f"{text}\n\nCommand: `python ablate.py {shlex.join(argv)}`\n")
+    command = f"Command: `python ablate.py {shlex.join(argv)}`\n"
+    (out / "table.md").write_text(f"{text}\n\n{command}", encoding="utf-8")
     result = {
         "command": argv,
         "script": args.script,
@@ -458,7 +459,7 @@ def report(arms, runs, args, argv, metrics, out):
             for run, t in zip(runs, trials, strict=True)
         ],
     }
-    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return found[0], text
 
 
@@ -481,7 +482,7 @@ def draw(runs, found, args, path):
 
 def read_log(folder):
     """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def parse_flags(argv):
@@ -528,7 +529,7 @@ def best(argv):
     parser.add_argument("grid", help="a folder in ablations/")
     parser.add_argument("--over", required=True, help="the setting to choose")
     args = parser.parse_args(argv)
-    grid = json.loads((Path(args.grid) / "result.json").read_text())
+    grid = json.loads((Path(args.grid) / "result.json").read_text(encoding="utf-8"))
     print(*best_arms(grid["tables"][0], args.over.lower()), sep="\n")
 
 

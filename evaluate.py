@@ -31,7 +31,6 @@ from nanojepa.eval.predictions import open_output
 from nanojepa.eval.tasks import TASKS, answer_of, is_right, read_questions
 from nanojepa.examples import ExampleSet
 from nanojepa.files import one_line_errors, progress, sha256_file
-from nanojepa.hf.chat import DATE, Chat, remove_thinking
 from nanojepa.objectives import OBJECTIVES
 from nanojepa.records import full_views, read_examples, seen_in_train
 from nanojepa.settings import load_settings, read_yaml
@@ -222,6 +221,8 @@ def text_settings(folder):
 
     Its defaults, if there is none or another program's.
     """
+    from nanojepa.hf.chat import DATE  # transformers, which a run doesn't need
+
     try:
         data = read_yaml(Path(folder) / "config.yaml")["dataset"]
         return bool(data["plain"]), bool(data["remove_thinking"]), str(data.get("date", DATE))
@@ -231,6 +232,7 @@ def text_settings(folder):
 
 def open_chat(args, dtype, plain):
     """(model, Chat) of --model."""
+    from nanojepa.hf.chat import Chat
     from nanojepa.hf.model import open_model  # slow to import
 
     loaded = open_model(args.model, dtype, args.trust_remote_code)
@@ -288,6 +290,8 @@ def describe(args, task):
 
 def predict_rest(args, header, questions, done, file):
     """Predict the questions that aren't done; add each to `done` and to the file, by batches."""
+    from nanojepa.hf.chat import remove_thinking
+
     clean = remove_thinking if header["remove_thinking"] else str
     questions = [q._replace(target=clean(q.target)) for q in questions]
     rest, answers = [q for q in questions if q.line not in done], {}
@@ -408,7 +412,7 @@ def main(argv=None):
     except ModuleNotFoundError as e:
         raise ValueError(f'{e.name} is missing: pip install -e ".[finetune,eval]"') from None
     result["seconds"] = round(time.perf_counter() - began, 1)
-    file.write_text(json.dumps(result) + "\n")
+    file.write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import yaml
 
-from nanojepa.files import one_line_errors, script_parser, whole_folder
+from nanojepa.files import link_folder, one_line_errors, script_parser, shown, whole_folder
 from nanojepa.settings import read_yaml
 
 try:
@@ -144,7 +144,7 @@ def refuse(found):
 def entries(track):
     """[(folder, result.json)] of a track's records and ties, oldest first."""
     files = (ROOT / "records" / track.name).glob("*/result.json")
-    stored = [(file.parent, json.loads(file.read_text())) for file in files]
+    stored = [(file.parent, json.loads(file.read_bytes())) for file in files]
     return sorted(stored, key=lambda pair: pair[1]["date"])
 
 
@@ -195,9 +195,9 @@ def new(args):
     with whole_folder(folder) as work:
         shutil.copytree(args.runs[0] / "source", work / "source")
         text = yaml.safe_dump(runs[0].settings, sort_keys=False)
-        (work / "config.yaml").write_text(text)
+        (work / "config.yaml").write_text(text, encoding="utf-8")
         page = PAGE.format(name=args.name, todo=TODO, track=track.name)
-        (work / "README.md").write_text(page)
+        (work / "README.md").write_text(page, encoding="utf-8")
         for run in runs:
             place = work / f"seed{run.result['seed']}"
             place.mkdir(exist_ok=True)
@@ -212,26 +212,26 @@ def add(args):
     folder = args.folder.resolve()
     record = read_record(folder)
     refuse(faults(record))
-    if TODO in (folder / "README.md").read_text():
+    if TODO in (folder / "README.md").read_text(encoding="utf-8"):
         raise ValueError(f"{shown(folder)}/README.md: say what changed and why it helps")
     date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     best = best_before(record.track, date)
     result = judge(record, best, date)
-    (folder / "source.diff").write_text(source_diff(best, record))
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "source.diff").write_text(source_diff(best, record), encoding="utf-8")
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     table(args)
     print(f"result: {shown(folder)}: {verdict(result)}")
 
 
 def check_record(folder):
     """Yield the faults of a record."""
-    record, stored = read_record(folder), json.loads((folder / "result.json").read_text())
+    record, stored = read_record(folder), json.loads((folder / "result.json").read_bytes())
     if found := list(faults(record)):
         yield from found
         return
     best = best_before(record.track, stored["date"])
     yield from differences(stored, judge(record, best, stored["date"]), "result.json:")
-    if (folder / "source.diff").read_text() != source_diff(best, record):
+    if (folder / "source.diff").read_text(encoding="utf-8") != source_diff(best, record):
         yield "source.diff is not the difference to the source of the record before"
 
 
@@ -253,7 +253,7 @@ def rerun(args):
     run = read_run(ROOT / "logs" / name)
     refuse(record.track.broken_rules(run))
     value = run.result[record.track.metric]
-    low, high = json.loads((folder / "result.json").read_text())["interval"]
+    low, high = json.loads((folder / "result.json").read_bytes())["interval"]
     lands = "inside" if low <= value <= high else "OUTSIDE"
     print(f"result: {record.track.metric} {value:.6g} lands {lands} {low:.6g} .. {high:.6g}")
 
@@ -270,7 +270,7 @@ def copy_project(source, place):
     shutil.copytree(source, place, dirs_exist_ok=True)
     for shared in ("data", "logs"):
         (ROOT / shared).mkdir(exist_ok=True)
-        (place / shared).symlink_to(ROOT / shared)
+        link_folder(place / shared, ROOT / shared)
 
 
 def study(args):
@@ -282,10 +282,6 @@ def study(args):
 
 
 # ------------------------------------------------------------------------------------------- pages
-
-
-def shown(path):
-    return path.relative_to(ROOT).as_posix()
 
 
 def mean_sd(result):
@@ -365,7 +361,7 @@ def check(args):
         except Exception as e:  # a file of others may be malformed in any way
             found.append(f"{shown(folder)}: {type(e).__name__}: {e}")
     if not found:
-        stale = [page for page, text in pages().items() if page.read_text() != text]
+        stale = [page for page, text in pages().items() if page.read_text(encoding="utf-8") != text]
         advice = "is not what the result.json files give: python leaderboard.py table"
         found = [f"{shown(page)} {advice}" for page in stale]
     if found:

@@ -10,11 +10,13 @@ Shapes: B rows, T tokens, D width, V vocabulary.
 """
 
 import functools
+import getpass
 import json
 import math
 import os
 import re
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ from nanojepa.batches import PredTokens, divide_batch, draw_step, open_data
 from nanojepa.checkpoint import Checkpoints, find_run, restore, run_tensors
 from nanojepa.device import Clock, OnTheWay, all_ranks_max, choose_dtype, start_process
 from nanojepa.diagnostics import diagnose, diagnostic_warnings
-from nanojepa.files import one_line, one_line_errors
+from nanojepa.files import one_line, one_line_errors, quoted
 from nanojepa.objectives import OBJECTIVES, Options
 from nanojepa.objectives.distance import DISTANCES
 from nanojepa.objectives.schedule import jepa_weight, keeps_term
@@ -441,7 +443,7 @@ def evaluate(run, log, checkpoints=None):
         if checkpoints and checkpoints.signal:
             total[3] = 1
             break
-        nats = nats_of(run.model, batch.to(run.share.device)).double().sum().item()
+        nats = nats_of(run.model, batch.to(run.share.device)).cpu().double().sum().item()
         scored = int((batch.targets >= 0).sum())
         text_bytes = run.data.text_bytes(batch.idx.numpy(), batch.targets.numpy())
         total += torch.tensor([nats, scored, text_bytes, 0], dtype=torch.float64)
@@ -628,8 +630,9 @@ class Trainer:
     def stop(self, signal):
         """End the process after a signal, when the checkpoint is on the disk."""
         self.checkpoints.wait()
-        name, run_id = Signals(signal).name, self.run.cfg.run_id
-        self.log.line(f"stopped by {name} at step {self.step}; go on with RESUME=logs/{run_id}")
+        name = Signals(signal).name
+        resume = f"RESUME={quoted(self.log.folder)}"
+        self.log.line(f"stopped by {name} at step {self.step}; go on with {resume}")
         if dist.is_initialized():
             dist.barrier()  # a rank that ends makes torchrun end the others
             dist.destroy_process_group()
@@ -729,6 +732,7 @@ def prepare_graphs(run, log):
     began = time.perf_counter()
     if run.cfg.compile:
         run.compile = compiled
+        name_compile_cache()
     try:
         warm_up(run)
     except torch._dynamo.exc.BackendCompilerFailed as e:  # a CPU without a C++ compiler
@@ -739,6 +743,15 @@ def prepare_graphs(run, log):
     if run.compile is compiled:
         graphs = len(needed_graphs(run.cfg))
         log.line(f"{graphs} training graph(s) compiled and warmed up in {seconds:.0f} s")
+
+
+def name_compile_cache():
+    """Name the compiler's cache where the user has no name, as in some containers."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        cache = Path(tempfile.gettempdir(), "torchinductor")
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 
 def train_gpt(cfg, origin, warnings):

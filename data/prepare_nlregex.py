@@ -13,9 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanojepa.corpora import prepare_nlregex
-from nanojepa.files import one_line_errors, script_parser
+from nanojepa.files import one_line_errors, script_parser, shown
 
-FOLDERS = {"pairs": "data/nlregex", "groups": "data/nlregex_groups"}
+HERE = Path(__file__).parent
+FOLDERS = {"pairs": HERE / "nlregex", "groups": HERE / "nlregex_groups"}
 
 
 @one_line_errors()
@@ -37,7 +38,7 @@ def main(argv=None):
         raise ValueError("--train and --test must be at least 1")
     out = args.out or FOLDERS[args.kind]
     prepare_nlregex(out, args.kind, args.train, args.test, args.seed)
-    print(f"prepared {out}: {args.train} {args.kind} to train on, {args.test} to test on")
+    print(f"prepared {shown(out)}: {args.train} {args.kind} to train on, {args.test} to test on")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanojepa.files import one_line_errors, script_parser
+from nanojepa.files import one_line_errors, quoted, script_parser, shown
 from nanojepa.readers import TEST, TRAIN, Rows, open_dataset, open_rows
 from nanojepa.records import (
     parse,
@@ -125,8 +125,9 @@ def main(argv=None):
         files=files,
     )
     print(
-        f"prepared {args.out}: {len(train)} {meta['kind']} to train on, {len(test)} to test on, of "
-        f"which {meta['overlap']['clean']} are clean; train on it with DATA_PATH={args.out}"
+        f"prepared {shown(args.out)}: {len(train)} {meta['kind']} to train on, {len(test)} to test "
+        f"on, of which {meta['overlap']['clean']} are clean; train on it with "
+        f"DATA_PATH={quoted(args.out)}"
     )
 
 

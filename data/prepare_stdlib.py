@@ -12,14 +12,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanojepa.corpora import prepare_stdlib
-from nanojepa.files import one_line_errors, script_parser
+from nanojepa.files import one_line_errors, quoted, script_parser, shown
 
 
 @one_line_errors()
 def main(argv=None):
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--out", default="data/stdlib", help="folder to make (default: data/stdlib)")
+    add(
+        "--out",
+        default=Path(__file__).with_name("stdlib"),
+        help="folder to make (default: data/stdlib)",
+    )
     add(
         "--vocab-size",
         type=int,
@@ -39,7 +43,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     prepare_stdlib(args.out, args.vocab_size, args.train_fraction, args.held_out)
-    print(f"prepared {args.out}: train on it with DATA_PATH={args.out}")
+    print(f"prepared {shown(args.out)}: train on it with DATA_PATH={quoted(args.out)}")
 
 
 if __name__ == "__main__":

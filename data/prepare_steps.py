@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanojepa.files import one_line_errors, script_parser, write_whole
+from nanojepa.files import one_line_errors, script_parser, shown, write_whole
 from nanojepa.records import jsonl, read_examples
 
 SEPARATORS = {"lines": r"\n", "paragraphs": r"\n\s*\n"}
@@ -82,7 +82,7 @@ def main(argv=None):
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(args.out, jsonl(kept))
     print(
-        f"wrote {args.out}: {len(kept):,} examples, {sum(counts) / len(kept):.2f} steps on "
+        f"wrote {shown(args.out)}: {len(kept):,} examples, {sum(counts) / len(kept):.2f} steps on "
         f"average; {counts.count(1):,} have fewer than two (no JEPA term), "
         f"{len(records) - len(kept):,} left out by --min_steps"
     )

@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nanojepa.files import one_line_errors, script_parser
+from nanojepa.files import one_line_errors, quoted, script_parser, shown
 from nanojepa.readers import kind_of, open_dataset, open_rows, read_text
 from nanojepa.shards import prepare
 
@@ -126,7 +126,7 @@ def main(argv=None):
         vocab_size=args.vocab_size,
         tokenizer=args.tokenizer,
     )
-    print(f"prepared {out}: train on it with DATA_PATH={out}")
+    print(f"prepared {shown(out)}: train on it with DATA_PATH={quoted(out)}")
 
 
 if __name__ == "__main__":

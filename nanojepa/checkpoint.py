@@ -225,7 +225,7 @@ def find_run(cfg, origin, logs, warnings, rank):
     cfg, origin = keep_settings(cfg, origin, folder, manifest)
     if finished:
         if rank == 0:
-            say(result_line(json.loads((folder / "result.json").read_text())))
+            say(result_line(json.loads((folder / "result.json").read_bytes()), folder))
         raise SystemExit(0)
     return Resumed(cfg, origin, manifest, tensors)
 
@@ -237,7 +237,9 @@ def resumed_folder(cfg, logs):
     if cfg.resume == "auto":
         return logs / cfg.run_id
     folder = logs / Path(cfg.resume).name
-    if Path(cfg.resume).resolve() != folder.resolve() or not folder.is_dir():
+    # From whatever folder this is called, logs/<run> is the project's.
+    meant = {Path(cfg.resume).resolve(), (logs.parent / cfg.resume).resolve()}
+    if folder.resolve() not in meant or not folder.is_dir():
         raise ValueError(
             f"RESUME={cfg.resume}: no such run; give the logs/<run> of one, or auto and its RUN_ID"
         )

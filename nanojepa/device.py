@@ -1,7 +1,7 @@
 """The process, its device and its clock."""
 
 import os
-import resource
+import sys
 import time
 
 import torch
@@ -12,12 +12,11 @@ def start_process():
     """(rank, world size, device) of this process, in torchrun's group if there is one."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = find_device(world_size)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    else:
-        device = torch.device("cpu")
+    if device.type == "cpu":
         # Two runs on a CPU are the same bit for bit. Otherwise the backward pass of the compiled
         # embedding would use atomic adds.
         torch.use_deterministic_algorithms(True)
@@ -27,22 +26,36 @@ def start_process():
     return rank, world_size, device
 
 
+def find_device(world_size=1):
+    """A GPU of this process, if there is one; several processes can't share an Apple GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("mps" if torch.backends.mps.is_available() and world_size == 1 else "cpu")
+
+
 def choose_dtype(name, device):
     """The torch dtype of DTYPE; auto is bfloat16 if the hardware multiplies it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "mps":
+        native = False
     else:
         native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
 
 
 def peak_memory(device):
-    """Bytes: of the GPU, or of the process."""
+    """Bytes: of the GPU, or of the process; None where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def all_ranks_max(*values):
@@ -88,6 +101,8 @@ class Clock:
     def wait_for_device(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
 
 
 class OnTheWay:

@@ -9,7 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,11 +19,51 @@ from tqdm import tqdm
 SEAL = "sha256.json"
 
 
+class Lenient:
+    """A text stream whose writes never fail: nobody may be listening, or its disk may be full."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:  # what it holds would be tried again at the process's end, and fail that
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def lenient_console():
+    """No line that can't be printed, in its encoding or at all, ends what runs inside."""
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        with contextlib.suppress(AttributeError, ValueError, OSError):  # not a console's
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (stream and Lenient(stream) for stream in before)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream:
+                stream.flush()
+        sys.stdout, sys.stderr = before
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Decorate a script's main(): what is wrong with a file or a flag ends it with one line."""
     try:
-        yield
+        with lenient_console():
+            yield
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     except OSError as error:
@@ -45,6 +87,61 @@ def script_parser(description):
     )
 
 
+def shown(path):
+    """A path as it is found from the current folder; relative to it, if it lies in it."""
+    path = Path(path).absolute()
+    return (path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path).as_posix()
+
+
+def quoted(path):
+    """shown(), as a shell takes it."""
+    return shlex.quote(shown(path))
+
+
+def take_lock(file):
+    """Hold an open file for this process, as long as it is open.
+
+    BlockingIOError if another process holds it. Where there are no locks, as on some network file
+    systems, nothing is held.
+    """
+    try:
+        import fcntl
+    except ModuleNotFoundError:
+        return take_windows_lock(file)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass
+
+
+def take_windows_lock(file):
+    """take_lock() of Windows: a byte far behind the file's end, since a held one can't be read."""
+    try:
+        import msvcrt
+    except ModuleNotFoundError:
+        return
+    place = file.tell()
+    file.seek(2**40)
+    try:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except PermissionError:
+        raise BlockingIOError from None
+    finally:
+        file.seek(place)
+
+
+def link_folder(place, target):
+    """Make a link to a folder; Windows takes a junction, for which nobody needs a right."""
+    try:
+        place.symlink_to(target)
+    except OSError:
+        import _winapi
+
+        _winapi.CreateJunction(str(target), str(place))
+
+
 def progress(iterable, desc, total=None):
     """The iterable, with a progress bar that shows the time that remains."""
     return tqdm(iterable, desc=desc, total=total, mininterval=0.5)
@@ -61,10 +158,13 @@ def sha256_file(path):
 
 def sync_folder(path):
     """Wait until the names in a folder are on the disk."""
-    folder = os.open(path, os.O_RDONLY)
-    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-        os.fsync(folder)
-    os.close(folder)
+    # Windows opens no folder, and some network file systems cannot sync one.
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def _part_of(path):

@@ -6,7 +6,7 @@ import time
 import torch
 
 from nanojepa.device import peak_memory
-from nanojepa.files import write_whole
+from nanojepa.files import quoted, shown, write_whole
 from nanojepa.runlog import project_sources
 from nanojepa.weights import OBJECTIVE_FILE, dequantize, quantize, save_weights
 
@@ -71,19 +71,19 @@ def sample_text(run, tokens=120):
     return b"".join(pieces).decode(errors="replace")
 
 
-def result_line(result):
-    """The last line that a run prints, from its result.json."""
+def result_line(result, folder):
+    """The last line that a run prints, from the result.json in its folder."""
     names = ("val_loss", "val_bpb")
-    shown = " ".join(f"{name}:{result[name]:.4f}" for name in names if result[name] is not None)
+    losses = " ".join(f"{name}:{result[name]:.4f}" for name in names if result[name] is not None)
     return (
-        f"result: {shown} steps:{result['steps']} "
-        f"train_time:{1000 * result['train_seconds']:.0f}ms -> logs/{result['run_id']}/result.json"
+        f"result: {losses} steps:{result['steps']} "
+        f"train_time:{1000 * result['train_seconds']:.0f}ms -> {shown(folder / 'result.json')}"
     )
 
 
 def write_result(run, log, checkpoints, result, lost):
     """Print the last line and write result.json; lost: the OSError of another file, or None."""
-    log.line(result_line(result))
+    log.line(result_line(result, log.folder))
     try:  # last, since a run with a result.json is finished
         if lost:
             raise lost
@@ -91,5 +91,5 @@ def write_result(run, log, checkpoints, result, lost):
     except OSError as e:
         raise ValueError(
             f"{e.filename or log.folder}: {e.strerror}, so this run's files are incomplete; make "
-            f"room, and RESUME=logs/{run.cfg.run_id} goes on from step {checkpoints.saved or 0}"
+            f"room, and RESUME={quoted(log.folder)} goes on from step {checkpoints.saved or 0}"
         ) from None

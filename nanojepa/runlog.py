@@ -6,7 +6,6 @@ environment.json, result.json and source/.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -15,13 +14,14 @@ import shutil
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
 
-from nanojepa.files import one_line, write_whole
+from nanojepa.files import one_line, quoted, shown, take_lock, write_whole
 from nanojepa.settings import as_dict, non_defaults
 
 LINE = "=" * 40
@@ -75,18 +75,16 @@ class RunLog:
         except FileExistsError:
             if resumed is None and not self.cfg.resume:
                 raise ValueError(
-                    f"RUN_ID={run_id}: {self.folder} exists and is never overwritten; choose "
-                    f"another RUN_ID, or RESUME=logs/{run_id}"
+                    f"RUN_ID={run_id}: {shown(self.folder)} exists and is never overwritten; "
+                    f"choose another RUN_ID, or RESUME={quoted(self.folder)}"
                 ) from None
         self.held = (self.folder / "log.txt").open("ab")  # the lock lasts as long as this
         try:
-            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(self.held)
         except BlockingIOError:
             raise ValueError(
                 f"RUN_ID={run_id}: another process is training this run; end it first"
             ) from None
-        except OSError:
-            pass  # some network file systems have no locks
         if resumed is None:  # a process left these files when it was killed before its first step
             os.truncate(self.held.fileno(), 0)
             (self.folder / "environment.json").unlink(missing_ok=True)
@@ -94,7 +92,7 @@ class RunLog:
     def add_start(self, start):
         """Append this start of a process to environment.json."""
         file = self.folder / "environment.json"
-        starts = json.loads(file.read_text()) if file.exists() else []
+        starts = json.loads(file.read_bytes()) if file.exists() else []
         write_whole(file, (json.dumps([*starts, start], indent=1) + "\n").encode())
 
     def go_on(self, manifest, sources):
@@ -243,7 +241,7 @@ def shorten(value):
 
 def say(text):
     """Print a line if the console takes it: nobody may be listening, or its disk is full."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeEncodeError):
         print(text, flush=True)
 
 
@@ -269,22 +267,22 @@ def describe_machine(sources):
 
     def run(*command):
         try:
-            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
+            done = subprocess.run(command, cwd=root, capture_output=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired):
             return ""
-        return done.stdout.strip()
+        return done.stdout.decode(errors="replace").strip()
 
     cpu = [line for line in run("lscpu").splitlines() if "Model name" in line]
     gpus = range(torch.cuda.device_count())
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "git_commit": run("git", "rev-parse", "HEAD"),
         "uncommitted": bool(run("git", "status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "cpu": cpu[0].partition(":")[2].strip() if cpu else "",
+        "cpu": cpu[0].partition(":")[2].strip() if cpu else platform.processor(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "gpus": [torch.cuda.get_device_name(n) for n in gpus],

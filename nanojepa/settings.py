@@ -322,7 +322,8 @@ def near_misses(environ, settings):
 def help_text(settings, description, environment):
     """What --help prints: a line for each setting, in groups."""
     others = "in capitals an environment variable, " if environment else ""
-    lines = [description.strip(), "", f"--config FILE: YAML. Each flag is also {others}a YAML key."]
+    about = (description or "").strip()  # python -OO has no docstrings
+    lines = [about, "", f"--config FILE: YAML. Each flag is also {others}a YAML key."]
     width, group = min(44, max(len(f"--{s.key} {s.shown}") for s in settings)), None
     for setting in settings:
         if setting.group != group:

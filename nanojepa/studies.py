@@ -117,12 +117,12 @@ def compared_with(grid):
 def read_studies(place):
     """[(folder, its grids)] of all studies."""
     files = sorted(place.glob("*/result.json"))
-    return [(file.parent, json.loads(file.read_text())["grids"]) for file in files]
+    return [(file.parent, json.loads(file.read_bytes())["grids"]) for file in files]
 
 
 def check_study(folder):
     """Yield the faults of a study."""
-    result = json.loads((folder / "result.json").read_text())
+    result = json.loads((folder / "result.json").read_bytes())
     if sha256_file(folder / "logs.tar.xz") != result["logs_sha256"]:
         yield "logs.tar.xz is not the archive that result.json was computed from"
     runs = read_archive(folder / "logs.tar.xz")
@@ -140,7 +140,7 @@ def store(paths, folder, question, root):
     """Make a study in a folder of the grids that ablate.py left in ablations/."""
     runs, grids = {}, []
     for path in paths:
-        text = (path / "result.json").read_text().replace(f"{root}/", "")
+        text = (path / "result.json").read_text(encoding="utf-8").replace(f"{root}/", "")
         grid = json.loads(text) | {"grid": path.resolve().name}
         for one in grid["runs"]:
             place = root / "logs" / one["run"]
@@ -149,7 +149,7 @@ def store(paths, folder, question, root):
     folder.mkdir(parents=True)
     write_archive(folder / "logs.tar.xz", runs.values())
     result = {"logs_sha256": sha256_file(folder / "logs.tar.xz"), "grids": grids}
-    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     page = f"# {folder.name}\n\n{question}\n\n<!-- table -->\n<!-- /table -->\n"
     (folder / "README.md").write_text(page, encoding="utf-8")
 

@@ -72,10 +72,11 @@ def run_sql(file, sql, timeout):
 
 def answer_query():
     """What the process does: print a line of JSON for each row, and last "" or what is wrong."""
-    import resource  # which not every system has
-
     file, sql, result_bytes, memory_bytes = json.load(sys.stdin)
-    with contextlib.suppress(OSError, ValueError):  # macOS has no such limit
+    # macOS has no such limit, and Windows no such module.
+    with contextlib.suppress(OSError, ValueError, ImportError):
+        import resource
+
         resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     size = 0
     try:

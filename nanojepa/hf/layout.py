@@ -184,7 +184,7 @@ def prepare(source, chat, data, objective=None):
     """The Prepared records of a Source; ValueError names the line of a record that can't be."""
     task = functools.partial(lay_out, chat=chat, data=data, objective=objective)
     count = len(source.records)
-    processes = data.tokenize_num_proc or min(os.cpu_count(), -(-count // 1000))
+    processes = data.tokenize_num_proc or min(os.cpu_count() or 1, -(-count // 1000))
     laid_out = map(task, source.records)
     try:
         with contextlib.ExitStack() as stack:

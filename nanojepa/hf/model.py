@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from nanojepa.device import find_device
 from nanojepa.files import check_seal
 from nanojepa.hf.limits import windows
 from nanojepa.hf.lora import add_lora, count_trained
@@ -228,7 +229,7 @@ def open_model(name, dtype, trust_remote_code=False):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = loader.from_pretrained(name, dtype=dtype, trust_remote_code=trust_remote_code)
         model = model.merge_and_unload() if adapter else model
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    model = model.to(find_device()).eval()
     model.generation_config = GenerationConfig()
     return Loaded(model, tokenizer)
 

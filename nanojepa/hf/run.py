@@ -31,7 +31,8 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from nanojepa.files import check_seal, one_line_errors, write_whole
+from nanojepa.device import find_device
+from nanojepa.files import check_seal, one_line_errors, shown, write_whole
 from nanojepa.hf import layout
 from nanojepa.hf.chat import Chat, decode
 from nanojepa.hf.export import check_folder, check_room, find_checkpoint, save_model
@@ -93,7 +94,7 @@ def run(cfg, origin):
         start = TrainerState.load_from_json(resume / "trainer_state.json")
     for line in non_defaults(cfg, origin):
         say(line)
-    if not torch.cuda.is_available():
+    if find_device().type == "cpu":
         torch.use_deterministic_algorithms(True)  # a run resumed is the run uninterrupted
     if first:
         check_folder(folder)
@@ -124,7 +125,7 @@ def run(cfg, origin):
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if first:
         write_whole(folder / "result.json", (json.dumps(result) + "\n").encode())
-    say(f"result: {json.dumps(result)} -> {folder}")
+    say(f"result: {json.dumps(result)} -> {shown(folder)}")
     return result
 
 
@@ -154,7 +155,7 @@ def open_folder(folder, cfg, origin, start):
     machine |= {"transformers": transformers.__version__, "origin": origin}
     file, starts = folder / "environment.json", []
     if start.global_step and file.exists():
-        starts = json.loads(file.read_text())
+        starts = json.loads(file.read_bytes())
     starts.append({"step": start.global_step, **machine})
     write_whole(file, json.dumps(starts, indent=1).encode())
     # What was logged after the checkpoint will be logged again.
@@ -303,7 +304,7 @@ def training_arguments(cfg, evaluates):
         optim=optimizer_name(t.optimizer),
         seed=g.finetune_seed,
         data_seed=g.finetune_seed,
-        use_cpu=not cuda,
+        use_cpu=find_device().type == "cpu",
         ddp_backend=None if cuda or "RANK" not in os.environ else "gloo",
         # A step that drops the term leaves the objective's weights unused.
         ddp_find_unused_parameters=0 < cfg.ratio < 1,

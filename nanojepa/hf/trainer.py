@@ -184,7 +184,7 @@ class JepaTrainer(Trainer):
             self.start_log_line()
         super().log(logs, start_time)
         if self.is_world_process_zero():
-            with open(Path(self.args.output_dir) / "metrics.jsonl", "a") as file:
+            with open(Path(self.args.output_dir) / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({**logs, "step": self.state.global_step}) + "\n")
 
     # ---- checkpoints
