@@ -2,13 +2,15 @@
 
     python evaluate.py accuracy --run logs/<id> --data test.jsonl
     python evaluate.py accuracy --model DIR --data test.jsonl --task gsm8k
+    python evaluate.py score --task nq_open --predictions FILE [--data test.jsonl]
     python evaluate.py similarity --run logs/<id> --data test.jsonl [--plot views.png]
     python evaluate.py sample --run logs/<id> --prompt "lines with"
 
 --run is a run of train_gpt.py. --model is a Hugging Face model or LoRA adapter: a folder, as
-finetune.py leaves it, or a name on the hub. The last line is one JSON object. It is also saved in
-the folder of the run or model; of a model on the hub, in this one. Every accuracy has its 95%
-Wilson interval.
+finetune.py leaves it, or a name on the hub. score needs no model: it judges what another program
+has generated. The last line is one JSON object. It is also saved in the folder of the run, the
+model or the predictions; of a model on the hub, in this one. Every accuracy has its 95% Wilson
+interval.
 """
 
 import argparse
@@ -28,13 +30,15 @@ from nanojepa.batches import PairData, open_data
 from nanojepa.device import start_process
 from nanojepa.eval.generation import predict
 from nanojepa.eval.predictions import open_output
-from nanojepa.eval.tasks import TASKS, answer_of, is_right, read_questions
+from nanojepa.eval.tasks import TASKS, answer_of, judge, make_question, read_questions
 from nanojepa.examples import ExampleSet
 from nanojepa.files import one_line_errors, progress, sha256_file
 from nanojepa.objectives import OBJECTIVES
-from nanojepa.records import full_views, read_examples, seen_in_train
+from nanojepa.readers import open_rows
+from nanojepa.records import full_views, read_examples, read_rows, recorder, seen_in_train
 from nanojepa.settings import load_settings, read_yaml
 from nanojepa.stats import wilson
+from nanojepa.texts import remove_thinking
 from nanojepa.weights import OBJECTIVE_FILE, load_weights
 
 ACCURACY = """Greedy generation, compared with what is right.
@@ -46,13 +50,21 @@ fractions of all examples, and of the clean ones: their Text and Code don't stan
 assistant's text:
   exact, startswith  the generated text is it, or begins with it; whitespace at the ends is ignored
   gsm8k              the number after the first #### generated is the one after its last ####
-  nq_open            one of the answers (the line's list "answers" or "answer", or the text cut at
-                     "; ") stands in the generated text, as whole words, without regard to case,
-                     punctuation and articles
+  nq_open            one of the answers (the line's "answers" or "answer" and its "aliases", or
+                     the text cut at "; ") stands in the generated text, as whole words, without
+                     regard to case, punctuation, articles and how a number is written
   choice             of A, B, C and D, the likeliest first token is its letter
   spider             the SQL has the result of its SQL on --databases/<db_id>/<db_id>.sqlite, in
                      order if there is an ORDER BY in its SQL; "db_id" is a key of the line
+Where the scoring of LLM-JEPA's own evaluate.py says something else, its accuracy stands beside, as
+upstream_accuracy. docs/evaluation.md has the rules and their sources.
 --output gets a header and a line for each example. The same command goes on after these lines."""
+
+SCORE = """Judge texts that another program has generated, by the same rules as accuracy.
+
+A line of --predictions is a JSON object with "prediction", a text, and the test record itself:
+messages, or another form that is recognised. With --data the records are those of that file; the
+predictions then have their "line" in it, or are as many and in the same order."""
 
 SIMILARITY = """Mean and quantiles of the cosine of matched views, and of shuffled ones.
 
@@ -102,7 +114,7 @@ def open_run(folder, change=None):
     return TrainedRun(cfg, data, model, encode)
 
 
-def read_test(run, path, kind, bad):
+def read_test(run, path, kind, bad, columns=None):
     """The views of a file's examples, texts, as the run's data has them.
 
     kind: pairs or groups; None: that of the data.
@@ -112,7 +124,7 @@ def read_test(run, path, kind, bad):
         raise ValueError(
             f"the run was trained on text ({data.folder}), not on pairs or groups; choose sample"
         )
-    records, kind = read_examples(path, bad), kind or data.meta["kind"]
+    records, kind = read_examples(path, bad, columns=columns), kind or data.meta["kind"]
     if records[0].kind != kind:
         raise ValueError(
             f"{path} holds {records[0].kind}, here {kind} are needed: an accuracy is of pairs, a "
@@ -124,7 +136,7 @@ def read_test(run, path, kind, bad):
 def accuracy_of_run(args):
     run = open_run(args.run)
     data, encode = run.data, run.encode
-    test = read_test(run, args.data, "pairs", args.bad)
+    test = read_test(run, args.data, "pairs", args.bad, args.columns)
     prompts = [[data.doc_token, *encode(text), data.separator] for text, _ in test]
     # A text may have more tokens than its shortest encoding.
     limit = args.tokens or 2 * max(len(encode(code)) for _, code in test) + 8
@@ -167,7 +179,7 @@ def views_of_run(args):
     """(how many examples a file has, what states_of_views() needs of those that fit a row)."""
     run = open_run(args.run, view_settings)
     cfg, data = run.cfg, run.data
-    test = read_test(run, args.data, None, args.bad)
+    test = read_test(run, args.data, None, args.bad, args.columns)
     objective = train_gpt.build_objective(cfg, data, run.model.embed.weight.device)
     if cfg.jepa_lambda and objective.state_dict():
         load_weights(objective, args.run, OBJECTIVE_FILE)
@@ -243,7 +255,7 @@ def views_of_model(args):
     """(how many examples a file has, what states_of_views() needs of them)."""
     from nanojepa.hf.run import views_of
 
-    records = read_examples(args.data, args.bad)
+    records = read_examples(args.data, args.bad, columns=args.columns)
     random.Random(0).shuffle(records)
     plain = args.plain or text_settings(args.model)[0]
     model, chat = open_chat(args, torch.float32, plain)
@@ -251,21 +263,91 @@ def views_of_model(args):
 
 
 def accuracy_of_model(args):
-    questions = read_questions(args.data, args.task, args.bad)
-    names = sorted({question.task for question in questions})
-    name = names[0] if len(names) == 1 else "mixed"
+    questions = read_questions(args.data, args.task, args.bad, args.columns)
+    name = task_name(questions)
     stem, header = Path(args.data).stem, describe(args, name)
     output = Path(args.output or folder_of(args) / f"predictions-{stem}-{name}.jsonl")
     done = open_output(output, header)
     if any(question.line not in done for question in questions):
         with open(output, "ab") as file:
             predict_rest(args, header, questions, done, file)
-    result = {"task": name} | count_right([done[q.line] for q in questions])
-    if len(names) > 1:
+    return count_tasks(questions, done), output.parent / f"accuracy-{stem}-{name}.json"
+
+
+def task_name(questions):
+    """The task of all questions, or "mixed"."""
+    names = {question.task for question in questions}
+    return names.pop() if len(names) == 1 else "mixed"
+
+
+def count_tasks(questions, done):
+    """The accuracy over all questions, and of each task if there are several."""
+    result = {"task": task_name(questions)} | count_right([done[q.line] for q in questions])
+    if result["task"] == "mixed":
+        names = sorted({question.task for question in questions})
         result["tasks"] = {
             task: count_right([done[q.line] for q in questions if q.task == task]) for task in names
         }
-    return result, output.parent / f"accuracy-{stem}-{name}.json"
+    return result
+
+
+def score(args):
+    clean = str if args.keep_thinking else remove_thinking
+    questions, texts = read_predictions(args)
+    questions = [q._replace(target=clean(q.target)) for q in questions]
+    done = {}
+    for question, text in zip(questions, map(clean, texts), strict=True):
+        answer = answer_to(question, args)
+        done[question.line] = judge(question, text, answer)
+    path = Path(args.predictions)
+    name = f"score-{path.name.split('.')[0]}-{task_name(questions)}.json"
+    return count_tasks(questions, done), path.parent / name
+
+
+def read_predictions(args):
+    """(Questions, the text predicted for each) of --predictions, and of --data if it is given."""
+    rows, place, given = open_rows(args.predictions), args.predictions, {}
+    for n, (number, raw) in enumerate(rows.items):
+        row = rows.parse(raw)
+        if n == 0 and "data_sha256" in row:  # the header of evaluate.py's own
+            continue
+        if not isinstance(row.get("prediction"), str):
+            raise ValueError(f'{place}, line {number}: no text in the key "prediction"; mend it')
+        key = row.get("line", number) if args.data else number
+        if not isinstance(key, int) or key in given:
+            raise ValueError(f'{place}, line {number}: its "line" is no number, or there twice')
+        given[key] = row
+    if args.data:
+        questions = read_questions(args.data, args.task, args.bad, args.columns)
+        return questions, match_predictions(questions, given, place)
+    record = recorder(place, args.columns)
+    questions = read_rows(
+        given.items(), lambda n, row: make_question(n, row, record, args.task), place, args.bad
+    )
+    return questions, [given[q.line]["prediction"] for q in questions]
+
+
+def match_predictions(questions, given, place):
+    """The text predicted for each question, by "line" or by their order."""
+    if not all("line" in row for row in given.values()):
+        if len(given) != len(questions):
+            raise ValueError(
+                f"{place} has {len(given)} predictions for {len(questions)} records of --data; "
+                'give as many, or each its "line" in --data'
+            )
+        return [row["prediction"] for row in given.values()]
+    missing = [q.line for q in questions if q.line not in given]
+    if missing:
+        raise ValueError(f"{place}: no prediction for line {missing[0]} of --data")
+    return [given[q.line]["prediction"] for q in questions]
+
+
+def answer_to(question, args):
+    """answer_of(), whose errors name the file and the line."""
+    try:
+        return answer_of(question, args.databases)
+    except ValueError as e:
+        raise ValueError(f"{args.data or args.predictions}, line {question.line}: {e}") from None
 
 
 def describe(args, task):
@@ -290,33 +372,29 @@ def describe(args, task):
 
 def predict_rest(args, header, questions, done, file):
     """Predict the questions that aren't done; add each to `done` and to the file, by batches."""
-    from nanojepa.hf.chat import remove_thinking
-
     clean = remove_thinking if header["remove_thinking"] else str
     questions = [q._replace(target=clean(q.target)) for q in questions]
-    rest, answers = [q for q in questions if q.line not in done], {}
-    for question in rest:
-        try:
-            answers[question.line] = answer_of(question, args.databases)
-        except ValueError as e:
-            raise ValueError(f"{args.data}, line {question.line}: {e}") from None
+    rest = [q for q in questions if q.line not in done]
+    answers = {question.line: answer_to(question, args) for question in rest}
     dtype = {"bf16": torch.bfloat16, "float32": torch.float32}[header["dtype"]]
     model, chat = open_chat(args, dtype, header["plain"])
     # The number is that of all lines, whatever is done.
     tokens = args.tokens or 2 * max(len(chat.encode(q.target)) for q in questions) + 8
     for asked, texts in predict(model, chat, rest, tokens, args.batch_size):
         for question, text in zip(asked, map(clean, texts), strict=True):
-            number = question.line
-            right = is_right(question.task, text, answers[number])
-            done[number] = {"line": number, "prediction": text, "correct": right}
-            file.write(json.dumps(done[number]).encode() + b"\n")
+            done[question.line] = judged = judge(question, text, answers[question.line])
+            file.write(json.dumps(judged).encode() + b"\n")
         file.flush()
 
 
 def count_right(predictions):
-    """Accuracy, its interval and "n"."""
+    """Accuracy, its interval and "n"; and by upstream's scoring, if that differs anywhere."""
     hits, n = sum(p["correct"] for p in predictions), len(predictions)
-    return {"accuracy": hits / n, "wilson95": wilson(hits, n), "n": n}
+    result = {"accuracy": hits / n, "wilson95": wilson(hits, n), "n": n}
+    if any("upstream" in p for p in predictions):
+        upstream = sum(p.get("upstream", p["correct"]) for p in predictions)
+        result["upstream_accuracy"] = upstream / n
+    return result
 
 
 # ----------------------------------------------------------------------------- the command line
@@ -340,7 +418,10 @@ def positive(text):
 
 def make_parser():
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="accuracy|similarity|sample")
+    commands = parser.add_subparsers(required=True, metavar="accuracy|score|similarity|sample")
+    one = commands.add_parser("score", description=SCORE)
+    one.set_defaults(function=score, run=None, model="")
+    add_score_flags(one.add_argument)
     for function, about in ((accuracy, ACCURACY), (similarity, SIMILARITY), (sample, SAMPLE)):
         one = commands.add_parser(function.__name__, description=about)
         one.set_defaults(function=function)
@@ -352,8 +433,7 @@ def make_parser():
         of.add_argument("--model", help="folder or name on the hub, of a model or LoRA adapter")
         add = one.add_argument
         add("--data", required=True, help="JSON lines of pairs; for similarity, of groups too")
-        bad = "what a line that is wrong does; either names it (stop)"
-        add("--bad", choices=("stop", "skip"), default="stop", help=bad)
+        add_reading_flags(add)
         add("--batch_size", type=positive, default=128, help="examples at a time (128)")
         if function is similarity:
             add("--plot", metavar="FILE.png", help="draw the views")
@@ -371,9 +451,27 @@ def make_parser():
     return parser
 
 
-def add_task_flags(add):
+def add_reading_flags(add):
+    bad = "what a line that is wrong does; either names it (stop)"
+    add("--bad", choices=("stop", "skip"), default="stop", help=bad)
+    add("--columns", nargs=2, metavar=("USER", "ASSISTANT"), help="columns of the two texts")
+
+
+def add_judging_flags(add):
     add("--task", choices=TASKS, help="what is right (each line's key task)")
     add("--databases", metavar="DIR", help="of spider: holds <db_id>/<db_id>.sqlite")
+
+
+def add_score_flags(add):
+    add("--predictions", required=True, metavar="FILE", help="lines with the key prediction")
+    add("--data", metavar="FILE", help="the test records, if the predictions lack them")
+    add_reading_flags(add)
+    add_judging_flags(add)
+    add("--keep_thinking", action="store_true", help="judge <think> passages too")
+
+
+def add_task_flags(add):
+    add_judging_flags(add)
     place = "predictions (predictions-<data>-<task>.jsonl in the model's folder)"
     add("--output", metavar="FILE", help=place)
     add("--dtype", choices=("float32", "bf16"), help="of the computation (bf16 on CUDA)")

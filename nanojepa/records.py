@@ -156,6 +156,8 @@ def pair_of_columns(line, row, text, code):
     sides = [row[text], row[code]]
     if all(isinstance(side, list) for side in sides):
         return pair_of_messages(line, {"messages": sides[0] + sides[1]})
+    if isinstance(sides[1], list) and all(isinstance(side, str) for side in sides[1]):
+        sides[1] = "; ".join(sides[1])  # several right answers, as LLM-JEPA's data have them
     views = [check_text(side, name) for side, name in zip(sides, (text, code), strict=True)]
     return Record(line, "pairs", None, views)
 

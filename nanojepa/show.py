@@ -87,7 +87,7 @@ def to_colours(example, spelling):
         if part.continues:
             head += " continues part {} after token {}".format(*part.continues)
         styles = [(trains, (n, i) in marked) for i, trains in enumerate(part.trained)]
-        yield f"{head}: {paint(part.ids, styles, spelling)}"
+        yield f"\033[1m{head}\033[0m\n{paint(part.ids, styles, spelling)}"
     for a, b in compared:
         yield "compared: token {1} of part {0} with token {3} of part {2}".format(*a, *b)
     if example.no_term:
@@ -104,6 +104,8 @@ def paint(ids, styles, spelling):
         trains, marks = styles[begin]
         colour = "\033[32m" * trains + "\033[7m" * marks
         piece = printable(spelling.text(ids[begin:end]))
+        if marks:  # a line break would not be seen
+            piece = piece.replace("\n", "\\n")
         text += f"{colour}{piece}\033[0m" if colour else piece
         begin = end
     return text
@@ -121,7 +123,7 @@ def show(examples, spelling, say):
             say(json.dumps(to_json(example, spelling)))
         return
     say(LEGEND)
-    for n, example in enumerate(examples):
-        say(f"\033[1mexample {n}\033[0m")
+    for n, example in enumerate(examples, 1):
+        say(f"\n\033[1mexample {n}\033[0m")
         for line in to_colours(example, spelling):
             say(line)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hf
-from nanojepa.hf.chat import Chat, remove_thinking
+from nanojepa.hf.chat import Chat
+from nanojepa.texts import remove_thinking
 
 TAGS = ["think>", "</think>", "<Thought>", "</Thought>", "<Output>", "</Output>", "<Answer>"]
 

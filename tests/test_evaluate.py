@@ -621,7 +621,7 @@ def test_similarity_of_a_model_and_its_plot(folder, exact_file, tmp_path, monkey
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("", "the following arguments are required: accuracy|similarity|sample"),
+        ("", "the following arguments are required: accuracy|score|similarity|sample"),
         ("accuracy --data DATA", "one of the arguments --run --model is required"),
         ("accuracy --run x --model y --data DATA", "not allowed with argument --run"),
         ("accuracy --model FOLDER", "required: --data"),
@@ -649,3 +649,76 @@ def test_misuse_is_one_line(request, folder, exact_file, tmp_path, flags, messag
         names["RUN"] = request.getfixturevalue("trained")[0]
     output = ["--output", tmp_path / "o"] if "--task" in flags and "--model" in flags else []
     assert message in refused(*[names.get(flag, flag) for flag in flags.split()], *output)
+
+
+# ---- texts of another program
+
+
+def score(capsys, *flags):
+    evaluate.main(["score", *map(str, flags)])
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+RECORDS = [
+    {"question": "Where is the Louvre?", "answer": ["Paris", "in Paris"], "id": 1},
+    {"question": "How many people?", "answer": ["1,000"], "id": 2},
+    {"question": "Who?", "answer": ["Ada"], "id": 3},
+]
+SAID = ["<think>Berlin?</think>It is Paris.", "about 1000", "Bob"]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_texts_are_scored_without_a_model(tmp_path, capsys, monkeypatch):
+    """Torch's models and transformers aren't even imported: as on a laptop."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    rows = [row | {"prediction": text} for row, text in zip(RECORDS, SAID, strict=True)]
+    file = write_rows(tmp_path / "vllm.jsonl", rows)
+    found = score(capsys, "--task", "nq_open", "--predictions", file)
+    assert found.pop("seconds") >= 0
+    assert found == {
+        "task": "nq_open",
+        "accuracy": 2 / 3,
+        "wilson95": list(wilson(2, 3)),
+        "n": 3,
+        "upstream_accuracy": 0.0,
+    }
+    saved = json.loads((tmp_path / "score-vllm-nq_open.json").read_text())
+    assert saved["accuracy"] == 2 / 3
+    kept = score(capsys, "--task", "exact", "--predictions", file, "--keep_thinking")
+    assert kept["accuracy"] == 0
+
+
+@pytest.mark.parametrize("lines", [False, True], ids=["in order", "by line"])
+def test_records_may_stand_beside_the_texts(tmp_path, capsys, lines):
+    data = write_rows(tmp_path / "test.jsonl", RECORDS)
+    rows = [{"prediction": text} for text in SAID]
+    if lines:
+        rows = [{"line": n, **row} for n, row in enumerate(rows, 1)][::-1]
+    file = write_rows(tmp_path / "said.jsonl", rows)
+    flags = "--task", "nq_open", "--predictions", file, "--data", data
+    assert score(capsys, *flags)["accuracy"] == 2 / 3
+    for wrong, message in (
+        (rows[:2], "no prediction for line 1" if lines else "2 predictions for 3 records"),
+        ([{"text": "x"}], 'line 1: no text in the key "prediction"'),
+        ([{"prediction": "x", "line": [1]}], "is no number, or there twice"),
+        ([{"prediction": "x", "line": 1}] * 2, "is no number, or there twice"),
+    ):
+        write_rows(file, wrong)
+        with pytest.raises(SystemExit, match=f"error: .*{message}"):
+            score(capsys, *flags)
+
+
+def test_what_accuracy_wrote_is_scored_to_the_same(tmp_path, capsys):
+    folder = make_folder(tmp_path / "model", "llama")
+    data = write_messages(tmp_path / "d.jsonl", [(None, q, "a") for q in QUESTIONS])
+    flags = "--data", data, "--task", "startswith"
+    made = evaluated("accuracy", "--model", folder, *flags, "--tokens", 6)
+    file = tmp_path / "model" / "predictions-d-startswith.jsonl"
+    again = score(capsys, "--predictions", file, *flags)
+    for result in (made, again):
+        result.pop("seconds")
+    assert again == made

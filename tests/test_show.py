@@ -164,8 +164,8 @@ def test_a_terminal_gets_colours_and_no_escape_of_a_text(monkeypatch):
     said = []
     show([Example([document], [((0, 2), (0, 4))])], SPELLING, said.append)
     assert said[2:] == [
-        "part 0: <1><2>\033[32m<3>\033[0m\033[32m\033[7m<4>\033[0m",
-        "part 1 continues part 0 after token 1: \033[7m<7>\033[0m",
+        "\033[1mpart 0\033[0m\n<1><2>\033[32m<3>\033[0m\033[32m\033[7m<4>\033[0m",
+        "\033[1mpart 1 continues part 0 after token 1\033[0m\n\033[7m<7>\033[0m",
         "compared: token 0 of part 1 with token 3 of part 0",
     ]
     assert printable("a\033[2J\nb\x07é") == "a\\x1b[2J\nb\\x07é"

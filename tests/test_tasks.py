@@ -2,7 +2,9 @@
 
 import json
 import re
+import string
 import time
+import unicodedata
 from decimal import Decimal
 
 import pytest
@@ -10,16 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from databases import make_pets
+from nanojepa import texts
 from nanojepa.eval import tasks
 from nanojepa.eval.sql import first_statement
 from nanojepa.eval.tasks import (
     Question,
     answer_of,
     is_right,
+    judge,
     number_after_hashes,
-    plain_words,
     read_questions,
 )
+from nanojepa.texts import plain_words
 
 
 @pytest.fixture
@@ -95,7 +99,8 @@ def test_writing_does_not_change_a_number(number, form):
 @settings(deadline=None)
 @given(st.text(" \n\t-+.,$%/^eE0123456789x\u00a0", max_size=30))
 def test_a_number_is_what_it_is_with_backtracking(text):
-    end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", text.split("\n")[0])
+    end = unicodedata.normalize("NFKC", text.split("\n")[0])
+    end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", end)
     number = re.match(r"\s*([-+]?)\s*(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
     expected = Decimal(number[1] + number[2]) if number else None
     assert number_after_hashes("####" + text, 0) == expected
@@ -133,6 +138,42 @@ def test_long_texts_are_judged_in_linear_time():
         ("The Beatles", "The The", False),
         ("?!", "...", False),
         ("x", "y; ; z", False),
+        # One form of characters: full width, a ligature, decomposed, no-break blanks.
+        ("Ｐａｒｉｓ", "Paris", True),
+        ("the oﬃce", "office", True),
+        ("Cafe\u0301", "café", True),
+        ("New\u00a0York", "new york", True),
+        ("STRASSE", "straße", True),
+        # Punctuation beyond ASCII.
+        ("“Paris”", "Paris", True),
+        ("Hansel – Gretel", "Hansel Gretel", True),
+        ("it’s", "it's", True),
+        ("¿Paris?", "Paris", True),
+        # One form of numbers.
+        ("about 1,000 people", "1000", True),
+        ("1000.0", "1,000", True),
+        ("1\u202f000\u00a0000", "1,000,000", True),
+        ("１，０００", "1000", True),
+        ("0.50", ".5", True),
+        ("$1,000.00", "1000", True),
+        ("5%", "5", True),
+        ("10,000", "1000", False),
+        ("1000.5", "10005", False),
+        ("1000.5", "1000", False),
+        ("-5", "5", False),
+        ("\u22125", "-5", True),
+        ("-0", "0", True),
+        ("1st", "1", False),
+        ("007", "7", False),
+        ("1914-1918", "1914–1918", True),
+        ("version 1.2.3", "1.2", False),
+        ("12.5.2020", "12.5", False),
+        ("3,5", "3", False),
+        # Nothing but articles or punctuation.
+        ("an a", "a", True),
+        ("...", "...", True),
+        ("?", "... ; ?", True),
+        ("", "...", False),
     ],
 )
 def test_nq_open(text, target, expected):
@@ -143,7 +184,10 @@ def test_nq_open_prefers_the_answers_of_the_line():
     assert right("nq_open", "two", "one", answers=["two", "three"])
     assert not right("nq_open", "one", "one", answers=["two", "three"])
     assert right("nq_open", "two", "one", answer="zwei; two")
-    for wrong in ([], [1], {"a": 1}):
+    assert right("nq_open", "zwei", "one", answer="two", aliases=["zwei"])
+    assert right("nq_open", "zwei", "one", answer={"value": "two", "aliases": ["zwei", "dos"]})
+    assert not right("nq_open", "one", "one", answer={"value": "two"})
+    for wrong in ([], [1], {"a": 1}, [""], " ", ["two", None], {"value": "two", "aliases": [2]}):
         with pytest.raises(ValueError, match="holds no texts"):
             answer_of(question("nq_open", "one", answers=wrong))
 
@@ -154,7 +198,106 @@ def test_an_empty_generation_answers_nothing_and_a_quoted_answer_is_found(answer
     for empty in ("", " \n", "."):
         assert not is_right("nq_open", empty, answers)
     quoted = is_right("nq_open", f"{around} {answers[0]} {around}", answers[:1])
-    assert quoted == bool(plain_words(answers[0]))
+    assert quoted or not plain_words(answers[0])
+
+
+def slow_words(text):
+    """plain_words() by characters, from docs/evaluation.md's rules."""
+    text = "".join(
+        "" if c in "\u00a0\u202f\u2009" and text[n - 1 : n].isdecimal() and groups(text, n) else c
+        for n, c in enumerate(text)
+    )
+    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-").casefold()
+    words, n = [""], 0
+    while n < len(text):
+        size, number = number_at(text, n)
+        if size:
+            words[-1] += number
+            n += size
+            continue
+        c = text[n]
+        if c.isspace():
+            words.append("")
+        elif c not in string.punctuation and not unicodedata.category(c).startswith("P"):
+            words[-1] += c
+        n += 1
+    return [word for word in words if word]
+
+
+def groups(text, n):
+    """Whether exactly three digits follow the character n."""
+    digits = text[n + 1 : n + 4]
+    return len(digits) == 3 and digits.isdecimal() and not text[n + 4 : n + 5].isdecimal()
+
+
+def number_at(text, n):
+    """(characters, plain form) of the longest number that may begin at n, or (0, "")."""
+    before = text[:n][-1:]
+    if before and (before.isalnum() or before in "_.,-"):
+        return 0, ""
+    for size in range(len(text) - n, 0, -1):
+        found, after = text[n : n + size], text[n + size :]
+        if after[:1].isalnum() or after[:1] == "_" or re.match(r"[.,]\d", after):
+            continue
+        if re.fullmatch(r"-?(([1-9]\d{0,2}(,\d{3})+|[1-9]\d*|0)(\.\d+)?|\.\d+)", found):
+            plain = f"{Decimal(found.replace(',', '')).normalize():f}"
+            plain = "0" if plain == "-0" else plain
+            return size, plain.replace(".", texts.POINT).replace("-", texts.MINUS)
+    return 0, ""
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.text("0123456789,.- aé’%\u00a0\u202f\u2212x_", max_size=14))
+def test_the_words_of_an_answer_are_those_of_the_rules(text):
+    assert plain_words(text) == slow_words(text)
+
+
+@settings(deadline=None)
+@given(st.integers(-(10**9), 10**9), st.sampled_from(["{:,}", "{}", "{}.0", "{:,}.00", "{} "]))
+def test_one_number_answers_in_every_form(number, form):
+    assert right("nq_open", "it is " + form.format(number), str(number))
+    assert not right("nq_open", "it is " + form.format(number), str(number + 1))
+
+
+# ---- what upstream says
+
+
+@pytest.mark.parametrize(
+    "task, text, target, ours, theirs",
+    [
+        ("exact", "(ab)", "(ab) ", True, False),
+        ("startswith", "(ab)c", "(ab)", True, True),
+        ("gsm8k", "so\n#### 1000", "so\n#### 1,000", True, False),
+        ("gsm8k", "#### 8", "#### 8", True, True),  # neither has a line before it
+        ("gsm8k", "no number", "#### 8", False, True),  # as upstream sees it, none on either side
+        ("gsm8k", "so\n#### 8\nok", "so\n#### 8", True, False),
+        ("nq_open", "Paris", "Paris", True, True),
+        ("nq_open", "", "Paris", False, True),
+        ("nq_open", "It is Paris", "Paris", True, False),
+        ("nq_open", "par", "comparison", False, True),
+        ("choice", "(B) x", "B", True, False),
+    ],
+)
+def test_upstream_s_verdict_is_kept_where_it_differs(task, text, target, ours, theirs):
+    asked = question(task, target)
+    judged = judge(asked, text, answer_of(asked))
+    assert judged["correct"] is ours
+    assert judged.get("upstream", ours) is theirs and ("upstream" in judged) == (ours != theirs)
+
+
+def test_upstream_compares_printed_rows_in_order(database):
+    asked = question("spider", "SELECT name FROM pet ORDER BY name", db_id="pets")
+    answer = answer_of(asked, database)
+    unordered = question("spider", "SELECT name FROM pet", db_id="pets")
+    turned = "SELECT name FROM pet ORDER BY name DESC"
+    assert judge(asked, asked.target, answer) == {
+        "line": 1,
+        "prediction": asked.target,
+        "correct": True,
+    }
+    assert judge(unordered, turned, answer_of(unordered, database))["upstream"] is False
+    none = question("spider", "SELECT name FROM pet WHERE age > 99", db_id="pets")
+    assert judge(none, "no SQL", answer_of(none, database))["upstream"] is True
 
 
 def test_the_letter_of_a_choice():
@@ -220,8 +363,8 @@ def test_spider_needs_its_databases():
 
 def write(path, *lines):
     roles = ("user", "assistant")
-    for n, (texts, keys) in enumerate(lines):
-        messages = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
+    for n, (said, keys) in enumerate(lines):
+        messages = [{"role": r, "content": t} for r, t in zip(roles, said, strict=True)]
         with open(path, "a" if n else "w") as file:
             file.write(json.dumps({"messages": messages, **keys}) + "\n")
     return path

@@ -3,11 +3,12 @@
 A line holds messages; what is right stands in the assistant's text. Its task is one of TASKS.
 """
 
+import functools
 import os
 import re
 import reprlib
 import sqlite3
-import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
@@ -17,9 +18,9 @@ from typing import NamedTuple
 from nanojepa.eval.sql import first_statement, run_sql
 from nanojepa.readers import open_rows
 from nanojepa.records import read_rows, recorder
+from nanojepa.texts import normalise, plain_words
 
 LETTERS = "ABCD"
-ARTICLES = ("a", "an", "the")
 SQL_SECONDS = 10.0  # that a query may take
 
 
@@ -47,29 +48,33 @@ class Task(NamedTuple):
 
     databases: the folder of <name>/<name>.sqlite, or None.
     is_right(text, answer): whether a text without whitespace at its ends gives that answer.
+    upstream(text, question, answer): what the scoring of LLM-JEPA's evaluate.py says.
     chooses: the likeliest of LETTERS is the text, and nothing is generated.
     """
 
     answer: Callable
     is_right: Callable
+    upstream: Callable
     chooses: bool = False
 
 
 def read_questions(path, task=None, bad="stop", columns=None):
     """The Questions of a file of messages; task: of all lines, whatever their own key says."""
-    rows, record_of = open_rows(path), recorder(path, columns)
+    rows, record = open_rows(path), recorder(path, columns)
+    return read_rows(
+        rows.items, lambda n, raw: make_question(n, rows.parse(raw), record, task), path, bad
+    )
 
-    def make(number, raw):
-        row = rows.parse(raw)
-        record, name = record_of(number, row), task or row.get("task")
-        if record.kind != "pairs":
-            raise ValueError("it holds paraphrases; an accuracy needs messages; choose similarity")
-        if not isinstance(name, str) or name not in TASKS:
-            what = "no task" if name is None else f"unknown task {reprlib.repr(name)}"
-            raise ValueError(f'{what}; give --task or a key "task", one of {", ".join(TASKS)}')
-        return Question(number, name, record.system, *record.views, row)
 
-    return read_rows(rows.items, make, path, bad)
+def make_question(number, row, record, task=None):
+    """The Question of a row; record: a recorder()."""
+    pair, name = record(number, row), task or row.get("task")
+    if pair.kind != "pairs":
+        raise ValueError("it holds paraphrases; an accuracy needs messages; choose similarity")
+    if not isinstance(name, str) or name not in TASKS:
+        what = "no task" if name is None else f"unknown task {reprlib.repr(name)}"
+        raise ValueError(f'{what}; give --task or a key "task", one of {", ".join(TASKS)}')
+    return Question(number, name, pair.system, *pair.views, row)
 
 
 def answer_of(question, databases=None):
@@ -88,6 +93,14 @@ def is_right(task, text, answer):
     return TASKS[task].is_right(text.strip(), answer)
 
 
+def judge(question, text, answer):
+    """A line of predictions: whether the text is right, and what upstream says if it differs."""
+    right = is_right(question.task, text, answer)
+    judged = {"line": question.line, "prediction": text, "correct": right}
+    upstream = bool(TASKS[question.task].upstream(text.strip(), question, answer))
+    return judged if upstream == right else judged | {"upstream": upstream}
+
+
 # ---- texts
 
 
@@ -97,6 +110,14 @@ def target_of(question, databases):
 
 def is_exactly(text, answer):
     return text == answer
+
+
+def upstream_exact(text, question, answer):
+    return text == question.target
+
+
+def upstream_startswith(text, question, answer):
+    return text.startswith(question.target)
 
 
 # ---- numbers
@@ -122,21 +143,34 @@ def number_after_hashes(text, which):
     ends = [part.split("\n")[0] for part in text.split("####")[1:]]
     if not ends:
         return None
-    end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", ends[which])
+    end = unicodedata.normalize("NFKC", ends[which])
+    end = re.sub(r"[$,%]|(?<=\d) (?=\d{3}(?!\d))", "", end)
     number = re.match(r"\s*+([-+]?)\s*+(\d++(?:\.\d*+)?|\.\d++)(?!\s*[/^]|[eE]\d)", end)
     return Decimal(number[1] + number[2]) if number else None
+
+
+def upstream_number(text, question, answer):
+    """The last line's text after "#### ", as a text; without one on either side it is right."""
+    said, wanted = (re.search(r"\n#### (.+)$", given) for given in (text, question.target))
+    return (said and said[1]) == (wanted and wanted[1])
 
 
 # ---- short answers
 
 
 def short_answers(question, databases):
-    """The line's list "answers" or "answer", or a text cut at "; "."""
+    """The line's "answers" or "answer" with its "aliases", or the assistant's text cut at "; "."""
     keys = question.keys
     answers = keys.get("answers", keys.get("answer", question.target))
+    if isinstance(answers, dict):  # as TriviaQA has them
+        answers = [answers.get("value"), *(answers.get("aliases") or [])]
     if isinstance(answers, str):
         answers = answers.split("; ")
-    if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+    aliases = keys.get("aliases") or []
+    if not isinstance(answers, list) or not isinstance(aliases, list):
+        raise ValueError('the keys "answers" and "aliases" hold no texts; mend the line')
+    answers = [*answers, *aliases]
+    if not all(isinstance(a, str) for a in answers) or not any(map(str.strip, answers)):
         raise ValueError('the key "answers" holds no texts; mend the line')
     return answers
 
@@ -147,33 +181,38 @@ def says_one(text, answers):
 
 
 def stands_in(answer, text):
-    known, said = normalise(answer), normalise(text)
-    if not known:  # there are answers of nothing but an article: vitamin A
-        known, said = plain_words(answer), plain_words(text)
-    return bool(known) and f" {' '.join(known)} " in f" {' '.join(said)} "
+    for words in (normalise, plain_words):  # an answer may be nothing but an article: vitamin A
+        if known := words(answer):
+            return f" {' '.join(known)} " in f" {' '.join(words(text))} "
+    return answer.strip() == text != ""  # nothing but punctuation
 
 
-def normalise(text):
-    """The words of a text without articles: as in SQuAD's and NQ's evaluation."""
-    return [word for word in plain_words(text) if word not in ARTICLES]
-
-
-def plain_words(text):
-    """The words of a text in lower case, without punctuation."""
-    return "".join(c for c in text.lower() if c not in string.punctuation).split()
+def upstream_short(text, question, answer):
+    """A part of the text, cut at "; ", stands in the target; an empty one does too."""
+    return any(part in question.target for part in text.split("; "))
 
 
 # ---- a letter
 
 
 def letter_of(question, databases):
-    letter = re.match(rf"\(?([{LETTERS}])\b", question.target)
+    letter = first_letter(question.target)
     if letter is None:
         raise ValueError(
             f"the assistant's text {question.target[:20]!r} begins with none of the letters A to "
             "D; mend the line"
         )
-    return letter[1]
+    return letter
+
+
+def first_letter(text):
+    """The letter that a text begins with, as B, (B) or B. Paris, or None."""
+    letter = re.match(rf"\(?([{LETTERS}])\b", text)
+    return letter and letter[1]
+
+
+def says_letter(text, answer):
+    return first_letter(text) == answer
 
 
 # ---- SQL
@@ -199,20 +238,38 @@ def query_of(question, databases):
     return Query(file, rows, "order by" in " ".join(sql.lower().split()))  # Spider's own rule
 
 
+@functools.lru_cache(maxsize=1)  # both ways of scoring ask for it
+def rows_of(file, text):
+    """The rows of a text's SQL, or None if it fails."""
+    try:
+        return run_sql(file, first_statement(text), SQL_SECONDS)
+    except sqlite3.Error:
+        return None
+
+
 def has_result(text, wanted):
     """Whether the text's SQL has the wanted result, a row as often as there."""
-    try:
-        rows = run_sql(wanted.file, first_statement(text), SQL_SECONDS)
-    except sqlite3.Error:
+    rows = rows_of(wanted.file, text)
+    if rows is None:
         return False
     return rows == wanted.rows if wanted.ordered else Counter(rows) == Counter(wanted.rows)
 
 
+def upstream_rows(text, question, wanted):
+    """The same rows, printed, in the same order; a query that fails prints nothing."""
+    rows = rows_of(wanted.file, text) or []
+    return [printed(row) for row in rows] == [printed(row) for row in wanted.rows]
+
+
+def printed(row):
+    return "|".join("" if value is None else str(value) for value in row)
+
+
 TASKS = {
-    "exact": Task(target_of, is_exactly),
-    "startswith": Task(target_of, str.startswith),
-    "gsm8k": Task(last_number, says_number),
-    "nq_open": Task(short_answers, says_one),
-    "choice": Task(letter_of, is_exactly, chooses=True),
-    "spider": Task(query_of, has_result),
+    "exact": Task(target_of, is_exactly, upstream_exact),
+    "startswith": Task(target_of, str.startswith, upstream_startswith),
+    "gsm8k": Task(last_number, says_number, upstream_number),
+    "nq_open": Task(short_answers, says_one, upstream_short),
+    "choice": Task(letter_of, says_letter, upstream_exact, chooses=True),
+    "spider": Task(query_of, has_result, upstream_rows),
 }

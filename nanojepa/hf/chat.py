@@ -34,15 +34,6 @@ THINKING = ("<think>", "</think>")
 DATE = "2024-07-26"  # what Llama's templates write without a clock
 
 
-def remove_thinking(text):
-    """The text without <think> and <Thought> passages, and without <Output> and <Answer> tags."""
-    for name in ("think", "Thought"):
-        # Up to the last closing tag every opening one has its end, so the time is linear.
-        begin, close, rest = text.rpartition(f"</{name}>")
-        text = re.sub(f"<{name}>.*?</{name}>", "", begin + close, flags=re.DOTALL) + rest
-    return re.sub("</?(Output|Answer)>", "", text).strip()
-
-
 # ---- what a conversation is
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanojepa.files import progress
-from nanojepa.hf.chat import remove_thinking
 from nanojepa.objectives.step import find_steps
 from nanojepa.packing import Document, Example, Texts, View
 from nanojepa.readers import TEST, TRAIN, open_dataset
 from nanojepa.records import full_views, read_dataset, read_examples, seen_in_train
+from nanojepa.texts import remove_thinking
 
 
 class Source(NamedTuple):
