@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nanojepa.files import one_line_errors, quoted, script_parser, shown
-from nanojepa.readers import kind_of, open_dataset, open_rows, read_text
+from nanojepa.readers import Rows, kind_of, open_dataset, open_rows, read_text
 from nanojepa.shards import prepare
 
 TABLES = (".jsonl", ".ndjson", ".jsonlines", ".json", ".csv", ".tsv", ".parquet")
@@ -36,12 +36,11 @@ def file_documents(paths, separator):
         yield from (part for part in parts if part.strip() or (part and not separator))
 
 
-def row_documents(path, field):
-    """Yield the text in a field of every row of a file."""
-    rows = open_rows(path)
+def row_documents(rows, path, field):
+    """Yield the text in a field of every one of these Rows; path: where they are from."""
     for number, raw in rows.items:
         try:
-            text = rows.parse(raw)[field]
+            text = rows.parse(raw)[field] or ""
             if not isinstance(text, str):
                 raise TypeError("it holds something else")
             text.encode()  # half a surrogate pair has no UTF-8 form
@@ -66,7 +65,7 @@ def find_documents(args):
     """A function that returns a fresh iterator over the documents of the source."""
     path = Path(args.source)
     if path.is_file() and kind_of(path) in TABLES:
-        return functools.partial(row_documents, path, args.field)
+        return lambda: row_documents(open_rows(path), path, args.field)
     if paths := [path] if path.is_file() else texts_in(path):
         if path.is_dir():
             print(f"{path}: {len(paths):,} text files", file=sys.stderr)
@@ -76,7 +75,7 @@ def find_documents(args):
         columns = ", ".join(dataset.column_names)
         raise ValueError(f"--field {args.field}: {args.source} has the columns {columns}")
     rows = dataset.select_columns([args.field])
-    return lambda: (row[args.field] for row in rows if row[args.field])
+    return lambda: row_documents(Rows(enumerate(rows, 1), dict), args.source, args.field)
 
 
 def parse_args(argv):

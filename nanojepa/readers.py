@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -245,7 +246,7 @@ def open_dataset(source, config=None, split="", order=TRAIN, cache_dir=None, key
     """
     import datasets  # slow to import
 
-    options = {"cache_dir": cache_dir or None}
+    options = {"cache_dir": cache_dir or find_cache(datasets.config.HF_DATASETS_CACHE)}
     try:
         if is_saved(source):
             loaded = datasets.load_from_disk(str(source))
@@ -262,6 +263,18 @@ def open_dataset(source, config=None, split="", order=TRAIN, cache_dir=None, key
             f"{source}: neither a file nor a dataset that can be loaded ({one_line(error)}); "
             "check its name and its configuration"
         ) from None
+
+
+def find_cache(usual):
+    """The folder for downloaded datasets, or a temporary one, as where the home is read-only."""
+    try:
+        Path(usual).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=usual):
+            return usual
+    except OSError as error:
+        place = tempfile.mkdtemp(prefix="datasets-")
+        print(f"{usual}: {error.strerror}; datasets are kept in {place}", file=sys.stderr)
+        return place
 
 
 def is_saved(source):

@@ -24,7 +24,7 @@ from nanojepa.files import (
     write_sealed,
     write_whole,
 )
-from nanojepa.readers import numbered_lines, parse_line
+from nanojepa.readers import numbered_lines, open_rows, parse_line
 from nanojepa.records import read_examples
 from nanojepa.shards import write_meta, write_shard
 from nanojepa.tokenizer import make_encoding, read_ranks, write_ranks
@@ -370,11 +370,18 @@ SYSTEMS = (b"[]", b"{}", b"0", b"false", b"0.0", b'["s"]')
 HOSTILE |= {f"system {value.decode()}": SYSTEM % value for value in SYSTEMS}
 
 
+def documents(path):
+    return list(prepare_text.row_documents(open_rows(path), path, "text"))
+
+
 @pytest.mark.parametrize("line", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_lines_are_named_by_number_or_skipped(tmp_path, capsys, line, short_lines):
     good, path = PAIR % (b'"a"', b'"t"'), tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join([good, b"", line, good, b""]))
-    for read in (read_examples, lambda path: list(prepare_text.row_documents(path, "text"))):
+    for read in (
+        read_examples,
+        lambda path: list(prepare_text.row_documents(open_rows(path), path, "text")),
+    ):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: ") as error:
             read(path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 1000

@@ -998,6 +998,7 @@ def test_misuse_ends_in_one_line(models, questions, tmp_path):
         (str(tmp_path), questions, out, "", f"{tmp_path}: cannot be loaded"),
         (llama, single, out, "--step_jepa", "no training example has a JEPA term"),
         (llama, questions, finished, "", "holds a finished run"),
+        (llama, questions, llama, "", "is the model's own folder"),
         (
             llama,
             questions,

@@ -303,6 +303,15 @@ def test_a_choice_of_splits_is_asked_for_by_its_key(tmp_path):
     assert len(part.records) == 1
 
 
+def test_a_home_that_cannot_be_written_costs_no_dataset(tmp_path, monkeypatch, capsys):
+    folder = save_splits(tmp_path / "rows", "train")
+    monkeypatch.setattr(
+        datasets.config, "HF_DATASETS_CACHE", tmp_path / "rows" / "train.jsonl" / "x"
+    )
+    assert len(open_dataset(folder)) == 1
+    assert "datasets are kept in" in capsys.readouterr().err
+
+
 def test_a_dataset_on_disk_without_splits_is_taken_whole(tmp_path):
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "one")
     assert len(open_dataset(tmp_path / "one")) == len(ROWS)

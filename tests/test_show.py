@@ -63,6 +63,27 @@ def test_the_ids_are_those_of_the_chat_template(name, tmp_path, capsys):
         assert len(example["trained"]) == len(ids)
 
 
+@pytest.mark.parametrize(
+    "name, line",
+    [
+        ("llama-3", f"the chat template writes the date: dataset.date={DATE} on every day"),
+        (
+            "gemma-2",
+            "train: the chat template takes no system message; each stands at the",
+        ),
+    ],
+)
+def test_what_a_template_does_to_the_data_is_said(name, line, tmp_path, capsys):
+    folder = make_folder(tmp_path / "model", families.make_tokenizer(name))
+    data = hf.write_messages(tmp_path / "t.jsonl", [("Be brief.", "What is it?", "four")] * 2)
+    run.main(["--model_name", str(folder), "--train_file", data, "--show", "1", "--regular"])
+    shown_lines = capsys.readouterr()
+    assert line in shown_lines.err
+    text = json.loads(shown_lines.out.splitlines()[0])["text"]
+    assert ("26 Jul 2024" in text) == (name == "llama-3")
+    assert "Be brief." in text
+
+
 def test_a_pair_s_views_are_branches_that_are_compared(tmp_path, capsys):
     folder = make_folder(tmp_path / "model", hf.make_tokenizer("qwen"))
     data = hf.write_messages(tmp_path / "t.jsonl", [(None, "What is it?", "four")])

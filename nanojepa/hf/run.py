@@ -11,7 +11,9 @@ result. What it calls lies beside it, in the order of a run:
     settings.py   every key, its default and its range
     chat.py       messages as tokens, through the tokenizer's chat template
     layout.py     records as the examples that an objective lays out
+    limits.py     what a model can be fed
     model.py      what a model is before its weights; its weights; the losses of a packed batch
+    lora.py       adapters on its linear layers
     trainer.py    the step: batches, sums over counts, evaluation
     export.py     checkpoints and the trained model, sealed
 """
@@ -137,6 +139,8 @@ def check_run(cfg, folder):
         raise ValueError("training.fsdp: needs CUDA; leave it out")
     if t.dtype == "fp16" and not cuda:
         raise ValueError("training.dtype=fp16: needs CUDA; choose bf16 or float32")
+    if folder.is_dir() and folder.resolve() == Path(cfg.model.name).resolve():
+        raise ValueError(f"training.output_dir={folder} is the model's own folder; choose another")
     if (folder / "result.json").exists():
         raise ValueError(
             f"training.output_dir={folder} holds a finished run; choose another, or remove it"
