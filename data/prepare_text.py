@@ -40,7 +40,9 @@ def row_documents(rows, path, field):
     """Yield the text in a field of every one of these Rows; path: where they are from."""
     for number, raw in rows.items:
         try:
-            text = rows.parse(raw)[field] or ""
+            text = rows.parse(raw)[field]
+            if text is None:  # a table's empty cell
+                continue
             if not isinstance(text, str):
                 raise TypeError("it holds something else")
             text.encode()  # half a surrogate pair has no UTF-8 form

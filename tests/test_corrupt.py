@@ -378,10 +378,7 @@ def documents(path):
 def test_hostile_lines_are_named_by_number_or_skipped(tmp_path, capsys, line, short_lines):
     good, path = PAIR % (b'"a"', b'"t"'), tmp_path / "x.jsonl"
     path.write_bytes(b"\n".join([good, b"", line, good, b""]))
-    for read in (
-        read_examples,
-        lambda path: list(prepare_text.row_documents(open_rows(path), path, "text")),
-    ):
+    for read in (read_examples, documents):
         with pytest.raises(ValueError, match=r"x\.jsonl, line 3: ") as error:
             read(path)
         assert "\n" not in str(error.value) and len(str(error.value)) < 1000
