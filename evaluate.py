@@ -29,13 +29,12 @@ from model import GPT, LanguageModel
 from nanojepa.batches import PairData, open_data
 from nanojepa.device import start_process
 from nanojepa.eval.generation import predict
-from nanojepa.eval.predictions import open_output
-from nanojepa.eval.tasks import TASKS, answer_of, judge, make_question, read_questions
+from nanojepa.eval.predictions import open_output, read_predictions
+from nanojepa.eval.tasks import TASKS, answer_of, judge, read_questions
 from nanojepa.examples import ExampleSet
 from nanojepa.files import one_line_errors, progress, sha256_file
 from nanojepa.objectives import OBJECTIVES
-from nanojepa.readers import open_rows
-from nanojepa.records import full_views, read_examples, read_rows, recorder, seen_in_train
+from nanojepa.records import full_views, read_examples, seen_in_train
 from nanojepa.settings import load_settings, read_yaml
 from nanojepa.stats import wilson
 from nanojepa.texts import remove_thinking
@@ -293,7 +292,8 @@ def count_tasks(questions, done):
 
 def score(args):
     clean = str if args.keep_thinking else remove_thinking
-    questions, texts = read_predictions(args)
+    options = {"task": args.task, "bad": args.bad, "columns": args.columns}
+    questions, texts = read_predictions(args.predictions, args.data, **options)
     questions = [q._replace(target=clean(q.target)) for q in questions]
     done = {}
     for question, text in zip(questions, map(clean, texts), strict=True):
@@ -302,44 +302,6 @@ def score(args):
     path = Path(args.predictions)
     name = f"score-{path.name.split('.')[0]}-{task_name(questions)}.json"
     return count_tasks(questions, done), path.parent / name
-
-
-def read_predictions(args):
-    """(Questions, the text predicted for each) of --predictions, and of --data if it is given."""
-    rows, place, given = open_rows(args.predictions), args.predictions, {}
-    for n, (number, raw) in enumerate(rows.items):
-        row = rows.parse(raw)
-        if n == 0 and "data_sha256" in row:  # the header of evaluate.py's own
-            continue
-        if not isinstance(row.get("prediction"), str):
-            raise ValueError(f'{place}, line {number}: no text in the key "prediction"; mend it')
-        key = row.get("line", number) if args.data else number
-        if not isinstance(key, int) or key in given:
-            raise ValueError(f'{place}, line {number}: its "line" is no number, or there twice')
-        given[key] = row
-    if args.data:
-        questions = read_questions(args.data, args.task, args.bad, args.columns)
-        return questions, match_predictions(questions, given, place)
-    record = recorder(place, args.columns)
-    questions = read_rows(
-        given.items(), lambda n, row: make_question(n, row, record, args.task), place, args.bad
-    )
-    return questions, [given[q.line]["prediction"] for q in questions]
-
-
-def match_predictions(questions, given, place):
-    """The text predicted for each question, by "line" or by their order."""
-    if not all("line" in row for row in given.values()):
-        if len(given) != len(questions):
-            raise ValueError(
-                f"{place} has {len(given)} predictions for {len(questions)} records of --data; "
-                'give as many, or each its "line" in --data'
-            )
-        return [row["prediction"] for row in given.values()]
-    missing = [q.line for q in questions if q.line not in given]
-    if missing:
-        raise ValueError(f"{place}: no prediction for line {missing[0]} of --data")
-    return [given[q.line]["prediction"] for q in questions]
 
 
 def answer_to(question, args):

@@ -704,8 +704,8 @@ def test_records_may_stand_beside_the_texts(tmp_path, capsys, lines):
     for wrong, message in (
         (rows[:2], "no prediction for line 1" if lines else "2 predictions for 3 records"),
         ([{"text": "x"}], 'line 1: no text in the key "prediction"'),
-        ([{"prediction": "x", "line": [1]}], "is no number, or there twice"),
-        ([{"prediction": "x", "line": 1}] * 2, "is no number, or there twice"),
+        ([{"prediction": "x", "line": [1]}], 'line 1: its "line" is no number'),
+        ([{"prediction": "x", "line": 1}] * 2, 'two predictions for one "line"'),
     ):
         write_rows(file, wrong)
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
