@@ -651,6 +651,23 @@ def test_misuse_is_one_line(request, folder, exact_file, tmp_path, flags, messag
     assert message in refused(*[names.get(flag, flag) for flag in flags.split()], *output)
 
 
+def test_tokens_that_the_embedding_lacks_are_refused_with_both_sizes(tmp_path):
+    folder, tokenizer = make_folder(tmp_path / "m", "llama"), make_tokenizer("llama")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|user|>' if m.role == 'user' }}{{ m.content }}"
+        "{{ eos_token }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    data = write_messages(tmp_path / "d.jsonl", [(None, "one", "a")])
+    rows = len(tokenizer) - 1
+    refused = (
+        f"line 1 of --data: its prompt has token {rows}, .* {rows} rows for the {rows + 1} tokens"
+    )
+    with pytest.raises(SystemExit, match=refused):
+        evaluated("accuracy", "--model", folder, "--data", data, "--task", "exact")
+
+
 # ---- texts of another program
 
 
