@@ -4,9 +4,8 @@
     torchrun --nproc_per_node 8 finetune.py --config FILE         one process a GPU
     jepa-llm --config my-run.yaml                                 the same, where it is installed
 
-Each key of the YAML file is a flag too: --section.key, or --key if only one section has it. The
-terms are those of train_gpt.py, nanojepa/objectives. This file is a run from its settings to its
-result. What it calls lies beside it, in the order of a run:
+Each key of the YAML file is a flag too: --section.key, or --key if only one section has it. This
+file is a run from its settings to its result. What it calls lies beside it, in the order of a run:
 
     settings.py   every key, its default and its range
     chat.py       messages as tokens, through the tokenizer's chat template
