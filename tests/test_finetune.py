@@ -14,11 +14,13 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +32,7 @@ from nanojepa.files import check_seal, read_sealed, seal_folder
 from nanojepa.hf import export, model, run, settings
 from nanojepa.hf.export import find_checkpoint
 from nanojepa.hf.model import CausalLM
+from nanojepa.hf.trainer import keep_precision
 from nanojepa.objectives import OBJECTIVES, Objective
 from nanojepa.objectives.distance import Views
 from nanojepa.objectives.schedule import keeps_term
@@ -713,6 +716,78 @@ assert isinstance(p, torch.distributed.tensor.DTensor)
 """
     (tmp_path / "shard.py").write_text(code)
     finish(launch(processes=2, script=tmp_path / "shard.py"))  # each process asserts
+
+
+SHARDED = """
+import os, torch, torch.distributed as dist
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+from nanojepa.hf import run
+from test_finetune import configure, silent
+
+if not dist.is_initialized():
+    dist.init_process_group("gloo")
+rank, arguments = dist.get_rank(), ARGUMENTS
+
+
+def build(flags):
+    trainer = run.make_trainer(configure(*arguments, flags), silent)
+    torch.manual_seed(7)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # it starts at zero, which would hide the adapters
+            torch.nn.init.normal_(parameter, std=0.5)
+    trainer.model.train()
+    return trainer
+
+
+def gradients(trainer, model):
+    batch = trainer.pack(trainer.train_dataset[4 * rank : 4 * rank + 4])
+    torch.manual_seed(100 + rank)  # of what is dropped
+    sums = trainer.sums(model, batch)
+    (sums.ce + sums.term).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def shard(trainer):
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    accelerator = trainer.accelerator
+    accelerator.state.fsdp_plugin = plugin
+    assert accelerator.gradient_state.plugin_kwargs["sync_each_batch"]
+    plugin.set_auto_wrap_policy(trainer.model)
+    model = trainer.model
+    if plugin.activation_checkpointing:
+        model = fsdp2_apply_ac(accelerator, model)
+    return fsdp2_prepare_model(accelerator, model)
+
+
+whole = build("--lora --predictors 1")
+expected = gradients(whole, whole.model)
+for g in expected.values():
+    dist.all_reduce(g)
+trainer = build("--lora --predictors 1 --fsdp --gradient_checkpointing")
+found = gradients(trainer, shard(trainer))
+assert found.keys() == expected.keys() and len(found) > 20
+for name, g in expected.items():
+    torch.testing.assert_close(found[name].full_tensor(), g / 2, rtol=1e-4, atol=1e-5)
+"""
+
+
+@pytest.mark.slow
+def test_adapters_dropout_sharding_and_recomputation_together(models, questions, tmp_path):
+    """Through accelerate's own preparation, whose recomputation would drop other units."""
+    arguments = models["llama"], questions, str(tmp_path / "out")
+    (tmp_path / "shard.py").write_text(SHARDED.replace("ARGUMENTS", repr(arguments)))
+    finish(launch(processes=2, script=tmp_path / "shard.py"))  # each process asserts
+
+
+def test_sharded_gradients_are_summed_in_float32():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    keep_precision(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert policy.output_dtype is None  # a loss stays float32
+    keep_precision(SimpleNamespace(state=SimpleNamespace()))  # nothing is sharded
 
 
 def test_evaluation_is_a_mean_over_labels_and_pairs(models, questions, tmp_path):

@@ -167,8 +167,9 @@ def load_model(cfg, base, objective, say=print):
     if flex:
         # After the check, since it is compiled for the device that trains.
         model.set_attn_implementation(FLEX)
-    # FSDP2 has activation checkpointing of its own.
-    if cfg.recomputes and not t.fsdp:
+    # Under FSDP2 too: accelerate's own keeps no random state, so the recomputation would drop other
+    # units, and the gradients would be wrong.
+    if cfg.recomputes:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if m.use_lora:
         model = add_lora(model, m, sorted({*base.preds, *new}), OBJECTIVE, say)

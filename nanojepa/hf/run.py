@@ -283,8 +283,10 @@ def training_arguments(cfg, evaluates):
             "version": 2,
             "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
             "state_dict_type": "FULL_STATE_DICT",
-            "activation_checkpointing": cfg.recomputes,
         }
+        # Or the gradients of a whole model would be kept between micro-batches on each card.
+        accumulation = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+        sharding["accelerator_config"] = accumulation
     size, accum = t.batch_size, t.grad_accum
     # Some distances need all views of a micro-batch at once.
     if t.memory_efficient and cfg.distance not in ACROSS_PAIRS:

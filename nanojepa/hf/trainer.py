@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,19 @@ class Costs(NamedTuple):
     pair: int  # of attention, for each pair of tokens of one row
 
 
+def keep_precision(accelerator):
+    """Let FSDP2 sum gradients in float32, and leave the losses as they are computed.
+
+    accelerate would do both in the dtype of the computation.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    policy = plugin and plugin.mixed_precision_policy
+    if policy:
+        plugin.mixed_precision_policy = replace(
+            policy, reduce_dtype=torch.float32, output_dtype=None
+        )
+
+
 def count(batch):
     """(2,): the labels of a Batch, and its pairs that count."""
     labels = (batch.targets >= 0).sum()
@@ -62,6 +76,7 @@ class JepaTrainer(Trainer):
 
     def __init__(self, cfg, chat, objective, **arguments):
         super().__init__(data_collator=list, **arguments)
+        keep_precision(self.accelerator)
         self.cfg, self.chat, self.objective = cfg, chat, objective
         self.loss_is_scaled_for_ga = True  # by compute_loss, with the step's Counts
         self.filler = chat.tokenizer.eos_token_id
