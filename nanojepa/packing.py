@@ -140,7 +140,8 @@ class Batch:
     rows of text. document (R, T): a number for each document or fragment of one, another for its
     branch, and -1 for filler. pairs (2, N): the places that the objective laid out, counted through
     all rows; weight (N,): 1, or 0 for padding; group (N,): the number of the example. items,
-    total_items: see StepRandom. drawn: what the objective drew, None if this step has no term.
+    total_items: see StepRandom. labels: places of the targets, counted through all rows, where they
+    are wanted. drawn: what the objective drew, None if this step has no term.
     """
 
     idx: torch.Tensor
@@ -154,6 +155,7 @@ class Batch:
     group: torch.Tensor | None = None
     items: torch.Tensor | None = None
     total_items: int = 0
+    labels: torch.Tensor | None = None
     drawn: dict | None = None
 
     def follows(self, n):
@@ -168,7 +170,7 @@ class Batch:
         """This batch on the device, without waiting for it; what draw() needs stays behind."""
         moved = {
             name: to_device(getattr(self, name), device)
-            for name in ("idx", "targets", "num_targets", "positions", "ends")
+            for name in ("idx", "targets", "num_targets", "positions", "ends", "labels")
         }
         if self.drawn is not None:
             moved["drawn"] = {name: to_device(x, device) for name, x in self.drawn.items()}

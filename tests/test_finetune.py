@@ -713,6 +713,8 @@ backward()
 for name, p in trainer.model.named_parameters():
     torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
 assert isinstance(p, torch.distributed.tensor.DTensor)
+dist.barrier()  # a process that ends first may abort the other
+dist.destroy_process_group()
 """
     (tmp_path / "shard.py").write_text(code)
     finish(launch(processes=2, script=tmp_path / "shard.py"))  # each process asserts
@@ -769,6 +771,8 @@ found = gradients(trainer, shard(trainer))
 assert found.keys() == expected.keys() and len(found) > 20
 for name, g in expected.items():
     torch.testing.assert_close(found[name].full_tensor(), g / 2, rtol=1e-4, atol=1e-5)
+dist.barrier()  # a process that ends first may abort the other
+dist.destroy_process_group()
 """
 
 
@@ -778,6 +782,21 @@ def test_adapters_dropout_sharding_and_recomputation_together(models, questions,
     arguments = models["llama"], questions, str(tmp_path / "out")
     (tmp_path / "shard.py").write_text(SHARDED.replace("ARGUMENTS", repr(arguments)))
     finish(launch(processes=2, script=tmp_path / "shard.py"))  # each process asserts
+
+
+@pytest.mark.parametrize("lora", ["", "--lora"])
+def test_the_head_in_parts_has_the_gradients_of_the_whole(
+    models, questions, tmp_path, monkeypatch, lora
+):
+    def made():
+        trainer = make_trainer(models["qwen"], questions, tmp_path / "out", "--predictors 1", lora)
+        return one_step(trainer)
+
+    (whole, line), at_once = made(), model.LABELS_AT_ONCE
+    monkeypatch.setattr(model, "LABELS_AT_ONCE", 5)
+    parts, other = made()
+    assert at_once > 1000 and other["ce_loss"] == pytest.approx(line["ce_loss"], rel=1e-6)
+    close(parts, whole, rtol=1e-4)
 
 
 def test_sharded_gradients_are_summed_in_float32():

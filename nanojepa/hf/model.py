@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from peft import AutoPeftModelForCausalLM
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AddedToken,
     AutoConfig,
@@ -36,6 +37,7 @@ from nanojepa.tokenizer import one_line
 from nanojepa.weights import OBJECTIVE_FILE, load_tensors
 
 FLEX = "flex_attention"
+LABELS_AT_ONCE = 2048  # of 128,256 tokens, float32 logits take a GB
 OBJECTIVE = "jepa_objective"  # its name in the model
 
 
@@ -303,6 +305,22 @@ class CausalLM:
             return self.forward().logits.view(*states.shape[:-1], -1)
 
 
+def sum_cross_entropy(lm, states, targets, labels):
+    """The cross entropy in nats over the places in labels, where alone the head is applied.
+
+    states (N, D), targets (N,). If there are many labels, the logits of a part of them are there at
+    a time, and are computed again in the backward pass.
+    """
+
+    def loss(part):
+        logits = lm.logits(states[part])
+        return F.cross_entropy(logits.float(), targets[part], reduction="sum")
+
+    if len(labels) <= LABELS_AT_ONCE:
+        return loss(labels)
+    return sum(checkpoint(loss, part, use_reentrant=False) for part in labels.split(LABELS_AT_ONCE))
+
+
 def add_losses(model, objective):
     """Put an objective (or None) into the model, and let model(batch=Batch) return Sums."""
     lm = CausalLM(model)
@@ -312,11 +330,7 @@ def add_losses(model, objective):
         if batch is None:
             return lm.forward(*args, **inputs)
         states = lm.states(batch.idx, batch.positions, batch.ends)
-        targets = batch.targets.flatten()
-        # The head is applied only where there is a target.
-        labels = (targets >= 0).nonzero()[:, 0]
-        logits = lm.logits(states.flatten(0, 1)[labels])
-        ce = F.cross_entropy(logits.float(), targets[labels], reduction="sum")
+        ce = sum_cross_entropy(lm, states.flatten(0, 1), batch.targets.flatten(), batch.labels)
         term = ce.new_zeros(())
         if batch.drawn is not None:
             term = getattr(self, OBJECTIVE).loss(lm, batch, states, batch.drawn)

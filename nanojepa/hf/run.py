@@ -304,6 +304,7 @@ def training_arguments(cfg, evaluates):
         save_steps=t.save_steps or 500,
         save_total_limit=t.save_total_limit,
         logging_steps=t.logging_steps,
+        logging_nan_inf_filter=False,  # it waits for the device in every micro-batch
         bf16=t.dtype == "bf16",
         fp16=t.dtype == "fp16",
         optim=optimizer_name(t.optimizer),

@@ -103,10 +103,14 @@ class JepaTrainer(Trainer):
         either. What is drawn depends on the step, and on the number first_item, in the step, of
         the first pair. total_items: how many pairs the step has; 0: no more than these examples.
         """
-        if not term or self.objective is None:
+        has_term = term and self.objective is not None
+        if not has_term:
             examples = [example.without_term() for example in examples]
-            return pack_rows(examples, self.filler, self.row_length)
         batch = pack_rows(examples, self.filler, self.row_length, first_item)
+        # Found here: on a GPU this would wait for the device.
+        batch.labels = (batch.targets.flatten() >= 0).nonzero()[:, 0]
+        if not has_term:
+            return batch
         seed, total_items = self.cfg.general.finetune_seed, total_items or batch.total_items
         batch.drawn = self.objective.draw(batch, StepRandom(seed, step, batch.items, total_items))
         return batch
