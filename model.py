@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, S keys (cached and new), D width, H query heads, G key
 K head width, V vocabulary.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -152,6 +153,41 @@ class Block(nn.Module):
         return x + self.proj(F.relu(self.fc(norm(x))).square())  # relu^2: arXiv 2109.08668
 
 
+class HeadLoss(torch.autograd.Function):
+    """The summed cross entropy of the head's soft-capped logits, a part of the tokens at a time.
+
+    The gradients are computed beside the loss, while a part's logits are there, so none are kept
+    for the backward pass. x (N, D), weight (V, D), targets (N,), -1 for none.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, softcap):
+        w = weight.to(x.dtype)
+        loss, dw, dx = x.new_zeros((), dtype=torch.float32), torch.zeros_like(weight), []
+        for part, target in zip(*in_parts(x, targets, weight.size(0)), strict=True):
+            tanh = torch.tanh((part @ w.T).float() / softcap)
+            counts, target = (target >= 0).float(), target.clamp(min=0)[:, None]
+            log_p = F.log_softmax(softcap * tanh, dim=-1)
+            loss -= (log_p.gather(1, target)[:, 0] * counts).sum()
+            dz = log_p.exp().scatter_add(1, target, torch.full_like(target, -1, dtype=dw.dtype))
+            dz = (dz * (1 - tanh.square()) * counts[:, None]).to(x.dtype)
+            dx.append(dz @ w)
+            dw += dz.T @ part
+        ctx.save_for_backward(torch.cat(dx), dw)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        dx, dw = ctx.saved_tensors
+        return grad.to(dx.dtype) * dx, grad * dw, None, None
+
+
+def in_parts(x, targets, vocab_size):
+    """x (N, D) and targets (N,) in parts whose logits take at most a GiB, and in four at least."""
+    count = max(4, math.ceil(x.size(0) * vocab_size / 2**28))
+    return x.chunk(count), targets.chunk(count)
+
+
 class GPT(nn.Module):
     """The network. forward(idx, targets) is the summed next-token cross entropy."""
 
@@ -212,15 +248,29 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Next-token logits (..., V) in float32 of the stream x (..., D) after the last block."""
-        head = self.embed if self.head is None else self.head
-        z = F.linear(norm(x), head.weight.to(x.dtype)).float()
+        z = F.linear(norm(x), self.head_weight.to(x.dtype)).float()
         softcap = self.config.logit_softcap  # Gemma 2, arXiv 2408.00118
         return softcap * torch.tanh(z / softcap)
 
-    def cross_entropy(self, x, targets, reduction="sum"):
-        """Next-token cross entropy in nats of targets (B, T), -1 for none; "none": (B*T,)."""
-        logits = self.logits(x).flatten(0, -2)
-        return F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction=reduction)
+    @property
+    def head_weight(self):
+        return (self.embed if self.head is None else self.head).weight
+
+    def cross_entropy(self, x, targets):
+        """Summed next-token cross entropy in nats of targets (B, T), -1 for none."""
+        x, softcap = norm(x).flatten(0, 1), self.config.logit_softcap
+        return HeadLoss.apply(x, self.head_weight, targets.flatten(), softcap)
+
+    def token_losses(self, x, targets):
+        """The cross entropy of each target (B, T), 0 for -1, without gradients; x (B, T, D)."""
+        parts = zip(
+            *in_parts(x.flatten(0, 1), targets.flatten(), len(self.head_weight)), strict=True
+        )
+        losses = [
+            F.cross_entropy(self.logits(part), target, ignore_index=-1, reduction="none")
+            for part, target in parts
+        ]
+        return torch.cat(losses).view_as(targets)
 
     def flops(self, tokens, visible_pairs):
         """Matrix FLOPs of forward and backward over so many tokens and (query, key) pairs.
@@ -229,7 +279,7 @@ class GPT(nn.Module):
         appendix B of 2204.02311). An objective's predictor, which meets few tokens, isn't counted.
         """
         weights = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, Linear))
-        weights += (self.embed if self.head is None else self.head).weight.numel()
+        weights += self.head_weight.numel()
         attention = 12 * len(self.blocks) * self.config.model_dim * visible_pairs
         return 6 * weights * tokens + attention
 

@@ -423,7 +423,7 @@ def row_losses(model, batch):
     """Cross entropy in nats summed over each row's targets: (B,)."""
     mask = None if batch.ends is None else tree_mask(batch.ends)
     x, _ = model._run_blocks(batch.idx, -1, batch.positions, mask)
-    return model.cross_entropy(x, batch.targets, "none").view(batch.idx.shape).sum(1)
+    return model.token_losses(x, batch.targets).sum(1)
 
 
 class Scores(NamedTuple):
