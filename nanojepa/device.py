@@ -26,6 +26,18 @@ def start_process():
     return rank, world_size, device
 
 
+def end_rank():
+    """End this process when all ranks have come here, and at once.
+
+    A thread of a library that still wants the interpreter would abort it on its way out.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def find_device(world_size=1):
     """A GPU of this process, if there is one; several processes can't share an Apple GPU."""
     if torch.cuda.is_available():

@@ -693,6 +693,7 @@ def test_sharded_forward_and_backward_equal_the_whole_model(models, questions, t
     code = f"""
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from nanojepa.device import end_rank
 from test_finetune import make_trainer
 trainer = make_trainer(*{arguments!r}, "--predictors 2 --linear_predictor")
 batch = trainer.pack(trainer.train_dataset)
@@ -713,8 +714,7 @@ backward()
 for name, p in trainer.model.named_parameters():
     torch.testing.assert_close(p.grad.full_tensor(), expected[name], rtol=1e-4, atol=1e-5)
 assert isinstance(p, torch.distributed.tensor.DTensor)
-dist.barrier()  # a process that ends first may abort the other
-dist.destroy_process_group()
+end_rank()
 """
     (tmp_path / "shard.py").write_text(code)
     finish(launch(processes=2, script=tmp_path / "shard.py"))  # each process asserts
@@ -724,6 +724,7 @@ SHARDED = """
 import os, torch, torch.distributed as dist
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+from nanojepa.device import end_rank
 from nanojepa.hf import run
 from test_finetune import configure, silent
 
@@ -771,8 +772,7 @@ found = gradients(trainer, shard(trainer))
 assert found.keys() == expected.keys() and len(found) > 20
 for name, g in expected.items():
     torch.testing.assert_close(found[name].full_tensor(), g / 2, rtol=1e-4, atol=1e-5)
-dist.barrier()  # a process that ends first may abort the other
-dist.destroy_process_group()
+end_rank()
 """
 
 

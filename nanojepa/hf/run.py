@@ -27,12 +27,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import transformers
 import yaml
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainerState, TrainingArguments, set_seed
 
-from nanojepa.device import find_device
+from nanojepa.device import end_rank, find_device
 from nanojepa.files import check_seal, one_line_errors, shown, write_whole
 from nanojepa.hf import layout
 from nanojepa.hf.chat import Chat, decode
@@ -64,6 +65,8 @@ def main(argv=None):
         show_examples(loaded.config)
     else:
         run(loaded.config, loaded.origin)
+    if dist.is_initialized():
+        end_rank()
 
 
 def show_examples(cfg):
@@ -99,9 +102,7 @@ def run(cfg, origin):
         torch.use_deterministic_algorithms(True)  # a run resumed is the run uninterrupted
     if first:
         check_folder(folder)
-        if cfg.general.use_wandb:
-            set_wandb_environment(cfg.general)
-            start_wandb(name=cfg.general.wandb_run_name or folder.name, dir=str(folder))
+        end_report = start_report(cfg.general, folder)
     trainer = make_trainer(cfg, say)
     check_room(trainer)
     if first:
@@ -126,6 +127,7 @@ def run(cfg, origin):
         result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     if first:
         write_whole(folder / "result.json", (json.dumps(result) + "\n").encode())
+        end_report()
     say(f"result: {json.dumps(result)} -> {shown(folder)}")
     return result
 
@@ -322,6 +324,14 @@ def training_arguments(cfg, evaluates):
     # Without torchrun one GPU is used: the Trainer would cut a packed batch among all of them.
     args._n_gpu = min(1, args.n_gpu)
     return args
+
+
+def start_report(general, folder):
+    """Begin a run of Weights & Biases, if one is asked for; returns what ends it."""
+    if not general.use_wandb:
+        return lambda: None
+    set_wandb_environment(general)
+    return start_wandb(name=general.wandb_run_name or folder.name, dir=str(folder)).finish
 
 
 def set_wandb_environment(general):
