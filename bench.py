@@ -2,6 +2,7 @@
 
     python bench.py [--rounds 20] [flags of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
     python bench.py [--rounds 20] --finetune [flags of finetune.py]
+    python bench.py --account h100 [--ranks 8] [flags of train_gpt.py]
 
 A ratio is the median over the rounds of two variants' times in one round, so a machine that
 becomes slower or faster hits both alike.
@@ -10,6 +11,9 @@ train_gpt.py: whole steps. off has no term; each objective is on that has someth
 again shows what noise does to a ratio; eager is off, not compiled. The share of the peak is the
 matrix work of the network (GPT.flops; the optimizer's isn't counted) over that of square products
 in the run's own dtype. JEPA_LAMBDA is 0.1 if it isn't set; with COMPILE=0 nothing is compiled.
+
+--account: what a step would take on a card that needn't be here: memory by kind, time by part, and
+the MFU that these allow. nanojepa/account.py says how it is reckoned.
 
 --finetune: forward and backward of a micro-batch of batch_size examples, without the optimizer.
 They are packed, or padded to the longest document and to max_length, with the hidden states of
@@ -27,6 +31,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
+from model import GPT
+from nanojepa.account import GB, GPUS, account_gpt, table
 from nanojepa.batches import divide_batch, draw_step, open_data
 from nanojepa.device import Clock, start_process
 from nanojepa.files import one_line_errors, progress, script_parser
@@ -213,6 +219,28 @@ def train_step(run, n):
     return train_gpt.training_step(run, n, 0.0, jepa_lambda)
 
 
+# ------------------------------------------------------------------------------------ account
+
+
+def print_account(argv, gpu, ranks):
+    """Print the account of a step of train_gpt.py, without the term, on so many cards."""
+    cfg = load_settings(train_gpt.Config, argv, os.environ).config
+    cpu = torch.device("cpu")
+    share = divide_batch(cfg, 0, ranks, cpu)
+    vocab_size = cfg.vocab_size or open_data(cfg).vocab_size
+    config = train_gpt.gpt_config(replace(cfg, dtype="bfloat16"), vocab_size, cpu)
+    micro_batches = share.rows // ranks // share.micro_rows
+    length, card = cfg.train_seq_len, GPUS[gpu]
+    found = account_gpt(partial(GPT, config), share.micro_rows, length, card, ranks, micro_batches)
+    print(*table(found, card), sep="\n")
+    seconds, memory = sum(found.seconds.values()), sum(found.memory.values())
+    print(
+        f"result: {ranks} x {gpu}: {1000 * seconds:.1f} ms a step, "
+        f"{found.tokens / seconds:,.0f} tokens/s, {found.mfu(card):.0%} MFU at most, "
+        f"{memory / GB:.1f} GB a rank"
+    )
+
+
 # -------------------------------------------------------------------------------- fine-tuning
 
 
@@ -314,7 +342,12 @@ def main():
     rounds = "steps of each variant (default: 20)"
     parser.add_argument("--rounds", type=int, default=20, help=rounds)
     parser.add_argument("--finetune", action="store_true", help="other flags are finetune.py's")
+    parser.add_argument("--account", choices=GPUS, help="reckon a step on this card; time nothing")
+    parser.add_argument("--ranks", type=int, default=1, help="cards of the account (default: 1)")
     own, flags = parser.parse_known_args()
+    if own.account:
+        print_account(flags, own.account, own.ranks)
+        return
     bench = bench_finetune if own.finetune else bench_pretraining
     bench(flags, own.rounds)
 

@@ -656,13 +656,18 @@ def jepa_schedule(cfg, progress, step):
 # ----------------------------------------------------------------------------- a run
 
 
-def build_model(cfg, vocab_size, device):
-    """The seeded GPT of this config, with the weights of INIT_FROM if that is given."""
-    torch.manual_seed(cfg.seed)
+def gpt_config(cfg, vocab_size, device):
+    """The GPTConfig of this config on a device."""
     names = (f.name for f in fields(GPTConfig) if hasattr(cfg, f.name))
     shape = {name: getattr(cfg, name) for name in names}
     shape |= {"vocab_size": vocab_size, "dtype": choose_dtype(cfg.dtype, device)}
-    model = GPT(GPTConfig(**shape)).to(device)
+    return GPTConfig(**shape)
+
+
+def build_model(cfg, vocab_size, device):
+    """The seeded GPT of this config, with the weights of INIT_FROM if that is given."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(gpt_config(cfg, vocab_size, device)).to(device)
     if cfg.init_from:
         load_weights(model, cfg.init_from)
     if dist.is_initialized():
