@@ -13,7 +13,7 @@ matrix work of the network (GPT.flops; the optimizer's isn't counted) over that 
 in the run's own dtype. JEPA_LAMBDA is 0.1 if it isn't set; with COMPILE=0 nothing is compiled.
 
 --account: what a step would take on a card that needn't be here: memory by kind, time by part, and
-the MFU that these allow. nanojepa/account.py says how it is reckoned.
+the MFU that follows. It is an estimate; nanojepa/account.py says how it is made.
 
 --finetune: forward and backward of a micro-batch of batch_size examples, without the optimizer.
 They are packed, or padded to the longest document and to max_length, with the hidden states of
@@ -236,7 +236,7 @@ def print_account(argv, gpu, ranks):
     seconds, memory = sum(found.seconds.values()), sum(found.memory.values())
     print(
         f"result: {ranks} x {gpu}: {1000 * seconds:.1f} ms a step, "
-        f"{found.tokens / seconds:,.0f} tokens/s, {found.mfu(card):.0%} MFU at most, "
+        f"{found.tokens / seconds:,.0f} tokens/s, {found.mfu(card):.0%} MFU, "
         f"{memory / GB:.1f} GB a rank"
     )
 

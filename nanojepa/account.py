@@ -1,11 +1,9 @@
 """An account of a training step, without the hardware: FLOPs, memory, bytes moved, time.
 
 The step's forward and backward graphs are captured on tensors without data, as the compiler
-partitions them. Fusion is taken to be ideal: a kernel reads what others left and writes what others
-read, and nothing in between. So times are lower bounds at the rates of Gpu, which are what well
-written kernels reach and not a data sheet's.
-
-Shapes: B rows, T tokens, D width, V vocabulary.
+partitions them. Products, attention, sums over a dimension and residual additions count as kernels.
+What lies between them is fused into its readers. This is an estimate and no bound: a compiler fuses
+some of the sums too, and leaves other things unfused. Waits and launches aren't counted.
 """
 
 from dataclasses import dataclass
@@ -33,7 +31,8 @@ class Gpu:
     peak: float = 989e12  # of the data sheet, to which an MFU refers
 
 
-# 75% of the sheet's FLOP/s and 85% of its bandwidth; links as NCCL's tests report them.
+# Assumed, not measured: 75% of the data sheet's FLOP/s, 85% of its bandwidth, and 370 GB/s over
+# NVLink.
 GPUS = {
     "h100": Gpu(0.75 * 989e12, 0.85 * 3.35e12, 370e9, 80e9),
     "h200": Gpu(0.75 * 989e12, 0.85 * 4.8e12, 370e9, 141e9),
@@ -43,8 +42,8 @@ GPUS = {
 class Graph(NamedTuple):
     """What a captured graph costs.
 
-    peak: the most bytes that are there at one time, of its inputs but weights, and of what it
-    writes. moved: bytes read and written.
+    peak: the most bytes that it holds at one time, without the weights. moved: bytes that its
+    kernels read and write.
     """
 
     peak: int
@@ -174,7 +173,6 @@ class Account(NamedTuple):
 
     parameters: int
     tokens: int  # of the step, over all ranks
-    micro_batches: int
     flops: float  # of the step and rank, of the network
     moved: int  # bytes of memory traffic of a micro-batch
     memory: dict
@@ -208,7 +206,6 @@ def account_gpt(make_model, rows, length, gpu, ranks=1, micro_batches=1):
     return Account(
         parameters=total,
         tokens=rows * length * ranks * micro_batches,
-        micro_batches=micro_batches,
         flops=micro_batches * model.flops(rows * length, visible),
         moved=forward.moved + backward.moved,
         memory={
@@ -239,4 +236,4 @@ def table(account, gpu):
         yield f"| {what} | {1000 * seconds:.1f} ms |"
     yield f"| **a step** | {1000 * sum(account.seconds.values()):.1f} ms |"
     yield f"| bytes moved in a micro-batch | {account.moved / GB:.1f} GB |"
-    yield f"| MFU, at most | {account.mfu(gpu):.0%} |"
+    yield f"| MFU | {account.mfu(gpu):.0%} |"

@@ -29,7 +29,7 @@ def start_process():
 def end_rank():
     """End this process when all ranks have come here, and at once.
 
-    A thread of a library that still wants the interpreter would abort it on its way out.
+    Otherwise a library's thread may abort it while the interpreter shuts down.
     """
     dist.barrier()
     dist.destroy_process_group()

@@ -27,7 +27,7 @@ TEST = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 class Rows(NamedTuple):
-    """items: (line number, raw row) one by one; of tables without lines, the number of the row.
+    """items: pairs (number, raw row). The number is the line's, or the row's in a Parquet file.
 
     parse(raw): the row, whose columns are the keys of a dict; ValueError if it is none.
     """
@@ -78,7 +78,7 @@ def open_bytes(path):
 
 
 def first_byte(path):
-    """The first byte of a file that is no white space; of UTF-16, of its text."""
+    """The first character of a file that is no white space, in UTF-8; b"" if there is none."""
     for _, line in numbered_lines(path):
         if text := line.decode("utf-8-sig", errors="replace").strip():
             return text[0].encode()

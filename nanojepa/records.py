@@ -168,7 +168,7 @@ def columns_of(*names):
 
 # Roles that others have for user, assistant and system.
 ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "developer": "system"}
-# The forms of rows, by the columns that tell them, the first that fits.
+# The forms of rows. A row has the first form whose columns it has.
 FORMS = {
     ("paraphrases",): group_of_paraphrases,
     ("messages",): pair_of_messages,

@@ -22,8 +22,9 @@ MARKERS = ("<s>", "<bos>", "<|endoftext|>", "<|begin_of_text|>", "<|startoftext|
 class Vocabulary(NamedTuple):
     """encode(text): its tokens. table: the bytes of each token, b"" of one that is no text.
 
-    prefixed: the tokens whose blank is none of the text's where a document begins, since encode()
-    puts one before it, (V,) bool, or None. marker: the token before a document, if it is known.
+    prefixed (V,) bool: the tokens that begin with a blank, if encode() puts a blank before every
+    text; otherwise None. Where a document begins, that blank is no byte of the text. marker: the
+    token before a document, or None.
     """
 
     encode: Callable

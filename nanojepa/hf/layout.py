@@ -29,10 +29,7 @@ class Source(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Examples, and what they are counted by: {what: number}.
-
-    summary: a line that says so.
-    """
+    """Examples, and their counts {what: number}; summary: the counts as one line."""
 
     examples: list
     counts: dict

@@ -20,7 +20,7 @@ def add_lora(model, m, tokens, objective, say):
     modules = [name for name in chosen if name in layers]
     parameters = [name for name in chosen if name in experts]
     if parameters:
-        # Of a mixture peft takes up_proj and the like for experts, whatever stands before it.
+        # In a mixture, peft takes every up_proj for one of an expert, also that of a dense layer.
         parameters += [f"{name}.weight" for name in modules]
         modules = []
     tables = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}

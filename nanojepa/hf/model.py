@@ -89,7 +89,7 @@ def read_base(cfg):
     with loading(f"model.name={m.name}"):
         tokenizer = AutoTokenizer.from_pretrained(m.name, **loader_options(m))
         config = AutoConfig.from_pretrained(m.name, **loader_options(m))
-    windows(config.get_text_config())
+    windows(config.get_text_config())  # refuses attention that no mask of ours expresses
     return Base(config, tokenizer, *add_pred_tokens(tokenizer, cfg.dataset.predictors))
 
 
