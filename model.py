@@ -123,7 +123,7 @@ class Attention(nn.Module):
         v = self.v(x).view(B, T, -1, self.head_dim)
         if v_token is not None:
             v = v + v_token.view_as(v)
-        q = rotate(norm(q), *rope) * self.q_gain.to(x.dtype)
+        q = rotate(norm(q) * self.q_gain.to(x.dtype), *rope)
         k = rotate(norm(k), *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, K)
         if cache is not None:
@@ -153,6 +153,11 @@ class Block(nn.Module):
         return x + self.proj(F.relu(self.fc(norm(x))).square())  # relu^2: arXiv 2109.08668
 
 
+def soft_cap(z, softcap):
+    """Logits between -softcap and softcap, in float32 (Gemma 2, arXiv 2408.00118)."""
+    return softcap * torch.tanh(z.float() / softcap)
+
+
 class HeadLoss(torch.autograd.Function):
     """The summed cross entropy of the head's soft-capped logits, a part of the tokens at a time.
 
@@ -162,15 +167,18 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, softcap):
-        w = weight.to(x.dtype)
+        w, tokens = weight.to(x.dtype), torch.arange(weight.size(0), device=x.device)
         loss, dw, dx = x.new_zeros((), dtype=torch.float32), torch.zeros_like(weight), []
         for part, target in zip(*in_parts(x, targets, weight.size(0)), strict=True):
-            tanh = torch.tanh((part @ w.T).float() / softcap)
-            counts, target = (target >= 0).float(), target.clamp(min=0)[:, None]
-            log_p = F.log_softmax(softcap * tanh, dim=-1)
-            loss -= (log_p.gather(1, target)[:, 0] * counts).sum()
-            dz = log_p.exp().scatter_add(1, target, torch.full_like(target, -1, dtype=dw.dtype))
-            dz = (dz * (1 - tanh.square()) * counts[:, None]).to(x.dtype)
+            z = part @ w.T
+            counted, target = (target >= 0)[:, None], target.clamp(min=0)[:, None]
+            y = soft_cap(z, softcap)
+            # No logit is above the cap, so the cap serves as the maximum that exp() needs.
+            log_sum = softcap + (y - softcap).exp().sum(-1, keepdim=True).log()
+            losses = log_sum - soft_cap(z.gather(1, target), softcap)
+            loss += (losses * counted).sum()
+            dz = (y - log_sum).exp() - (tokens == target).float()
+            dz = (dz * (1 - (y / softcap).square()) * counted).to(x.dtype)
             dx.append(dz @ w)
             dw += dz.T @ part
         ctx.save_for_backward(torch.cat(dx), dw)
@@ -248,9 +256,8 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """Next-token logits (..., V) in float32 of the stream x (..., D) after the last block."""
-        z = F.linear(norm(x), self.head_weight.to(x.dtype)).float()
-        softcap = self.config.logit_softcap  # Gemma 2, arXiv 2408.00118
-        return softcap * torch.tanh(z / softcap)
+        z = F.linear(norm(x), self.head_weight.to(x.dtype))
+        return soft_cap(z, self.config.logit_softcap)
 
     @property
     def head_weight(self):

@@ -33,6 +33,7 @@ from nanojepa.checkpoint import Checkpoints, find_run, restore, run_tensors
 from nanojepa.device import Clock, OnTheWay, all_ranks_max, choose_dtype, start_process
 from nanojepa.diagnostics import diagnose, diagnostic_warnings
 from nanojepa.files import one_line, one_line_errors, quoted
+from nanojepa.muon import Muon
 from nanojepa.objectives import OBJECTIVES, Options
 from nanojepa.objectives.distance import DISTANCES
 from nanojepa.objectives.schedule import jepa_weight, keeps_term
@@ -87,6 +88,9 @@ class Config:
     # Tokens a step, over all ranks and micro-batches. Of pairs, only trunk tokens count.
     train_batch_tokens: Positive = 4096
     train_seq_len: Positive = 256  # tokens a row; attention costs its square
+    # A row's documents don't see each other. FLOPs are counted as if they did. A GPU skips what is
+    # masked.
+    mask_documents: bool = False
     # Micro-batches a step and rank: less memory, the same step; 0: the fewest that keep one within
     # 65,536 tokens. Of pairs: counted without what the term encodes; 0: at least 8.
     grad_accum_steps: Natural = 0
@@ -192,73 +196,6 @@ class Config:
 
 
 # ----------------------------------------------------------------------------- optimizer
-
-
-def orthogonalize(g, steps=5):
-    """The nearest semi-orthogonal matrix of each matrix of g (N, m, n), roughly.
-
-    All singular values go to 0.7..1.2. Quintic Newton-Schulz iteration, with the coefficients of
-    Muon (Keller Jordan, 2024, kellerjordan.github.io/posts/muon).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = g.size(-2) > g.size(-1)
-    x = g.mT if tall else g
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, then the orthogonalised update, for matrices.
-
-    Matrices of one shape are stacked. Each rank orthogonalises a part of the stack, and keeps all
-    of the momentum.
-    """
-
-    def __init__(self, params, lr, momentum, dtype):
-        super().__init__(params, dict(lr=lr, momentum=momentum, initial_lr=lr))
-        self.dtype = dtype  # of the iteration
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            group["stacks"] = list(shapes.values())
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for params in group["stacks"]:
-                if params[0].grad is not None:  # a predictor has none in a step without the term
-                    self.update(params, group)
-
-    def update(self, params, group):
-        grad = torch.stack([p.grad for p in params])
-        state = self.state[params[0]]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(grad)
-        momentum = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        update = grad.lerp_(momentum, group["momentum"]).to(self.dtype)  # Nesterov
-        update = self.orthogonalize_shared(update)
-        # An update's root mean square is 1 / sqrt(fan-in) at every shape.
-        scale = max(1.0, params[0].size(0) / params[0].size(1)) ** 0.5
-        updates = list(update[: len(params)].float().unbind())
-        torch._foreach_add_(params, updates, alpha=-group["lr"] * scale)
-
-    def orthogonalize_shared(self, update):
-        """orthogonalize a part of the stack on each rank; the last ranks may get only padding."""
-        if not dist.is_initialized():
-            return orthogonalize(update)
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        count = -(-len(update) // world_size)
-        missing = count * world_size - len(update)
-        update = torch.nn.functional.pad(update, (0, 0, 0, 0, 0, missing))
-        mine = orthogonalize(update[rank * count : (rank + 1) * count])
-        # torch 2.13 renamed it.
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        gather(update, mine.contiguous())
-        return update
 
 
 def build_optimizers(model, objective, cfg):
@@ -394,26 +331,36 @@ def training_step(run, step, progress, jepa_lambda):
         means += torch.stack([ce] if term is None else [ce, term])
     if run.share.world_size > 1:
         dist.all_reduce(means)
-    grad_norm = sum_gradients(run)
-    scale = lr_scale(run.cfg, progress)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
-        optimizer.step()
-        optimizer.zero_grad()
+    grad_norm = update_weights(run, lr_scale(run.cfg, progress))
     term = None if objective is None else means[1]
     return StepResult(means[0], term, grad_norm, run.model.flops(tokens, visible_pairs))
 
 
-def sum_gradients(run):
-    """Add up the ranks' gradients, in one message; the norm of their sum, a 0-dim tensor."""
-    params = [p for p in run.parameters() if p.grad is not None]
+def update_weights(run, scale):
+    """Step the optimizers, scale times their learning rates; the norm of the summed gradients.
+
+    Muon sums the ranks' gradients of its parameters; those of the rest go in one message.
+    """
+    *muon, other = run.optimizers
+    params = [p for group in other.param_groups for p in group["params"] if p.grad is not None]
     if run.share.world_size > 1:
         flat = torch.cat([p.grad.flatten() for p in params])
         dist.all_reduce(flat)
         for p, own in zip(params, flat.split([p.numel() for p in params]), strict=True):
             p.grad = own.view_as(p)
-    return torch.stack(torch._foreach_norm([p.grad for p in params])).norm()
+    norms = torch.stack(torch._foreach_norm([p.grad for p in params]))
+    squares = torch.zeros_like(norms[0])
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * scale
+        optimizer.step()
+    for optimizer in muon:
+        squares += optimizer.squares
+    if run.share.world_size > 1:
+        dist.all_reduce(squares)
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    return (squares + norms.square().sum()).sqrt()
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -604,26 +551,28 @@ class Trainer:
         }
 
     def save(self):
-        """Save a checkpoint. The clock stands while tensors are copied; a thread writes them."""
+        """Save a checkpoint; a thread writes it. The clock stands while tensors are copied."""
         run = self.run
         self.settle()
-        if run.share.rank:
-            return
         running = self.clock.since is not None
         self.clock.stop()
-        manifest = {
-            "train_flops": self.flops,
-            "train_seconds": self.clock.passed,
-            "result": dict(self.result),
-            "metrics_bytes": self.log.size("metrics.jsonl"),
-            "config": asdict(run.cfg),
-            "data": run.data.identity(),
-            "sources": self.log.sources,
-            "torch": torch.__version__,
-            "wandb": self.log.wandb and self.log.wandb.id,
-        }
-        tensors = run_tensors(run.modules(), run.optimizers)
-        self.checkpoints.save(self.step, tensors, manifest)
+        for optimizer in run.optimizers:
+            if isinstance(optimizer, Muon):
+                optimizer.gather_momentum()
+        if run.share.rank == 0:
+            manifest = {
+                "train_flops": self.flops,
+                "train_seconds": self.clock.passed,
+                "result": dict(self.result),
+                "metrics_bytes": self.log.size("metrics.jsonl"),
+                "config": asdict(run.cfg),
+                "data": run.data.identity(),
+                "sources": self.log.sources,
+                "torch": torch.__version__,
+                "wandb": self.log.wandb and self.log.wandb.id,
+            }
+            tensors = run_tensors(run.modules(), run.optimizers)
+            self.checkpoints.save(self.step, tensors, manifest)
         if running:
             self.clock.resume()
 
@@ -715,7 +664,7 @@ def needed_graphs(cfg):
 
 
 def warm_up(run):
-    """Compile every graph of the training step and load the kernels, then put the weights back.
+    """Compile every graph of a step and of evaluation, load the kernels, put the weights back.
 
     The optimizers that are used here are thrown away.
     """
@@ -727,6 +676,9 @@ def warm_up(run):
             training_step(trial, 0, 0.0, weight)
         if run.cfg.diag_every:
             diagnose(trial, 0, training_loss)
+        _, batch = next(iter(run.data.val_batches(run.share)))
+        with torch.no_grad():
+            run.compile(row_losses)(run.model, batch.to(run.share.device))
     finally:
         restore(run.modules(), [], before)
         run.model.zero_grad()
@@ -738,6 +690,7 @@ def prepare_graphs(run, log):
     if run.cfg.compile:
         run.compile = compiled
         name_compile_cache()
+        log.line("compiling: about half a minute on two cores, a few seconds if it was done before")
     try:
         warm_up(run)
     except torch._dynamo.exc.BackendCompilerFailed as e:  # a CPU without a C++ compiler
@@ -747,7 +700,7 @@ def prepare_graphs(run, log):
     seconds = time.perf_counter() - began
     if run.compile is compiled:
         graphs = len(needed_graphs(run.cfg))
-        log.line(f"{graphs} training graph(s) compiled and warmed up in {seconds:.0f} s")
+        log.line(f"{graphs} training graph(s) and evaluation compiled in {seconds:.0f} s")
 
 
 def name_compile_cache():

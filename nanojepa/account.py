@@ -1,21 +1,29 @@
 """An account of a training step, without the hardware: FLOPs, memory, bytes moved, time.
 
-The step's forward and backward graphs are captured on tensors without data, as the compiler
-partitions them. Products, attention, sums over a dimension and residual additions count as kernels.
-What lies between them is fused into its readers. This is an estimate and no bound: a compiler fuses
-some of the sums too, and leaves other things unfused. Waits and launches aren't counted.
+The step's forward and backward graphs are captured on tensors without data. The compiler itself
+fuses them into kernels and orders these; nothing is generated or run. A kernel takes the longer of
+its products at the card's rate and of the bytes that it reads and writes at the card's bandwidth.
+This is an estimate and no bound. Waits and launches aren't counted.
 """
 
+import copy
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
-from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
-from torch._dynamo.backends.common import aot_autograd
-from torch._inductor.decomposition import select_decomp_table
+from functorch.compile import make_boxed_func
+from torch._inductor import memory as inductor_memory
+from torch._inductor.compile_fx import (
+    _recursive_post_grad_passes,
+    compile_fx,
+    record_original_output_strides,
+)
+from torch._inductor.debug import DebugContext
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
 from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 GB = 1e9
 
@@ -54,114 +62,71 @@ class Graph(NamedTuple):
 # ---- what a graph costs
 
 
+class Captured(NamedTuple):
+    """An FX graph as the compiler gets it, with its inputs, which have no data."""
+
+    module: torch.fx.GraphModule
+    inputs: list
+    is_backward: bool
+
+    def outputs(self):
+        """The tensors that it returns."""
+        nodes = self.module.graph.output_node().all_input_nodes
+        return [node.meta["val"] for node in nodes if node.op != "placeholder"]
+
+
 def capture(function, *arguments):
-    """The forward and backward FX graphs of a function whose result is differentiated."""
+    """The forward and the backward Captured of a function whose result is differentiated."""
     graphs = []
 
-    def keep(module, example_inputs):
-        graphs.append(module.graph)
+    def keep(module, inputs, is_backward=False, **_):
+        graphs.append(Captured(copy.deepcopy(module), inputs, is_backward))
         return make_boxed_func(module.forward)
 
-    backend = aot_autograd(
-        fw_compiler=keep,
-        bw_compiler=keep,
-        partition_fn=min_cut_rematerialization_partition,
-        decompositions=select_decomp_table(),
-    )
+    def backend(module, inputs):
+        return compile_fx(module, inputs, inner_compile=keep)
+
     torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*arguments).backward()
     return graphs
 
 
-def memory_of(nodes):
-    """{identity: bytes} of the memory behind the tensors of these nodes."""
-    values = tree_leaves([node.meta.get("val") for node in nodes])
-    storages = [x.untyped_storage() for x in values if isinstance(x, torch.Tensor)]
-    return {storage._cdata: storage.nbytes() for storage in storages}
+def cost(captured, gpu, on_cpu=False):
+    """The Graph of a Captured.
+
+    on_cpu: let the compiler choose what it writes to memory as for a CPU, which rather reads a
+    value than computes it twice. The kernels are those of its CPU backend in both cases.
+    """
+    module, inputs, is_backward = captured
+    with ExitStack() as stack:
+        if not on_cpu:
+            stack.enter_context(patch("torch._inductor.ir.is_cpu", lambda node: False))
+        stack.enter_context(DebugContext())
+        stack.enter_context(V.set_fake_mode(torch._guards.detect_fake_mode(inputs)))
+        stack.enter_context(V.set_extern_kernel_nodes([]))
+        record_original_output_strides(module)
+        _recursive_post_grad_passes(module, is_inference=False)
+        graph = GraphLowering(module, example_inputs=inputs, is_backward=is_backward)
+        stack.enter_context(V.set_graph_handler(graph))
+        graph.run(*inputs)
+        graph._update_scheduler()
+        kernels, names = graph.scheduler.nodes, graph.get_output_names()
+        freed = inductor_memory.get_freeable_input_buf(kernels, set(graph.graph_inputs))
+        peak, _ = inductor_memory.estimate_peak_memory(kernels, freed, set(names))
+        moved = [kernel.get_read_write_buffers_sizes() for kernel in kernels]
+        flops = [flops_of(kernel) for kernel in kernels]
+    times = [max(m / gpu.bandwidth, f / gpu.flops) for m, f in zip(moved, flops, strict=True)]
+    return Graph(peak, sum(moved), sum(times))
 
 
-def is_heavy(node):
-    """Whether a node is a kernel of its own: a product, attention, or a gather."""
-    packet = getattr(node.target, "overloadpacket", None)
-    names = ("scaled_dot_product", "embedding", "index")
-    return packet in flop_registry or any(name in str(node.target) for name in names)
-
-
-def reduces(node):
-    """Whether a node is a sum or a maximum over a dimension."""
-    read = [sum(memory_of([base_of(source)]).values()) for source in node.all_input_nodes]
-    return sum(memory_of([node]).values()) < 0.5 * max(read, default=0) and base_of(node) is node
-
-
-def adds_up(node, written):
-    """Whether a node is the sum of two that are written, as a residual stream is."""
-    packet = getattr(node.target, "overloadpacket", None)
-    both = [base_of(source) in written for source in node.all_input_nodes]
-    return packet is torch.ops.aten.add and both == [True, True]
-
-
-def base_of(node):
-    """The node whose memory a view lies in; itself if it is none."""
-    own = memory_of([node]).keys()
-    shared = [source for source in node.all_input_nodes if own & memory_of([source]).keys()]
-    return base_of(shared[0]) if shared else node
-
-
-def cost(graph, weights, gpu):
-    """The Graph of an FX graph; weights: identities of memory that is there anyway."""
-    kernels = kernels_of(graph)
-    last = {memory: n for n, (_, read) in enumerate(kernels) for memory in read}
-    outputs = memory_of(graph.output_node().all_input_nodes)
-    last |= dict.fromkeys(outputs, len(kernels))  # they outlive it
-    inputs = memory_of([node for node in graph.nodes if node.op == "placeholder"])
-    live = {m: size for m, size in inputs.items() if m not in weights}
-    peak, moved, seconds = sum(live.values()), 0, 0.0
-    for n, (node, read) in enumerate(kernels):
-        traffic = sum((read | memory_of([node])).values())
-        moved += traffic
-        seconds += max(traffic / gpu.bandwidth, flops_of(node) / gpu.flops)
-        live |= memory_of([node])
-        peak = max(peak, sum(live.values()))
-        live = {memory: size for memory, size in live.items() if last.get(memory, -1) > n}
-    return Graph(peak, moved, seconds)
-
-
-def kernels_of(graph):
-    """[(node that is written, the memory it is made of)], in the graph's order."""
-    written = {node for node in graph.nodes if node.op == "placeholder" or is_heavy(node)}
-    for node in graph.nodes:
-        if is_heavy(node) or node.op == "output":
-            written.update(map(base_of, node.all_input_nodes))
-        if reduces(node) or adds_up(node, written):
-            written.add(node)
-    return [
-        (node, memory_of(sources(node, written)))
-        for node in graph.nodes
-        if node in written and node.op == "call_function"
-    ]
-
-
-def sources(node, written):
-    """What a kernel reads: the written nodes that it is made of, through those that aren't."""
-    found, stack = set(), list(node.all_input_nodes)
-    while stack:
-        source = base_of(stack.pop())
-        if source in written:
-            found.add(source)
-        else:
-            stack += source.all_input_nodes
-    return found
-
-
-def flops_of(node):
-    """The FLOPs of a product or of attention, which is causal; 0 of others."""
-    packet = getattr(node.target, "overloadpacket", None)
-    values = [x.meta["val"] if isinstance(x, torch.fx.Node) else x for x in node.args]
-    if packet in flop_registry:
-        return flop_registry[packet](*values, **node.kwargs, out_val=node.meta["val"])
-    if "scaled_dot_product" not in str(node.target):
-        return 0
-    rows, heads, length, width = values[0].shape
-    products = 5 if "backward" in str(node.target) else 2
+def flops_of(kernel):
+    """The FLOPs of a kernel that is a product or attention, which is causal; 0 of others."""
+    operation = str(getattr(kernel.node, "op_overload", ""))
+    if "scaled_dot_product" not in operation:
+        return kernel.estimate_flops() or 0
+    (node,) = (node for node in kernel.node.get_origins() if str(node.target) == operation)
+    queries = next(source.meta["val"] for source in node.all_input_nodes)
+    rows, heads, length, width = queries.shape
+    products = 5 if "backward" in operation else 2
     return products * rows * heads * length * length * width
 
 
@@ -182,19 +147,18 @@ class Account(NamedTuple):
         return self.flops / sum(self.seconds.values()) / gpu.peak
 
 
-def account_gpt(make_model, rows, length, gpu, ranks=1, micro_batches=1):
+def account_gpt(make_model, rows, length, gpu, ranks=1, micro_batches=1, on_cpu=False):
     """The Account of a step without a term. rows, length: of a micro-batch.
 
-    make_model(): the GPT; it is called where tensors have no data.
+    make_model(): the GPT; it is called where tensors have no data. on_cpu: as in cost().
     """
     with FakeTensorMode():
         model = make_model()
         idx = torch.zeros(rows, length, dtype=torch.int64)
-        forward, backward = capture(lambda idx, targets: model(idx, targets), idx, idx)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    saved = memory_of(n for n in forward.output_node().all_input_nodes if n.op != "placeholder")
-    forward, backward = cost(forward, weights, gpu), cost(backward, weights, gpu)
-    activations, peak = sum(saved.values()), max(forward.peak, backward.peak)
+        graphs = capture(lambda idx, targets: model(idx, targets), idx, idx)
+    activations = sum(x.nbytes for x in graphs[0].outputs())
+    forward, backward = (cost(graph, gpu, on_cpu) for graph in graphs)
+    peak = max(forward.peak, backward.peak)
     sizes = [p.numel() for p in model.parameters()]
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     total = sum(sizes)

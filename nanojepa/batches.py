@@ -36,6 +36,7 @@ from nanojepa.packing import (
     Item,
     Texts,
     View,
+    document_fragments,
     fill_rows,
     place_examples,
 )
@@ -167,12 +168,13 @@ class TokenData(DataFolder):
         for first in range(share.rank * local, (share.rank + 1) * local, size):
             idx, targets = self.rows(step, share.rows, first, size)
             items = torch.arange(first, first + size)
-            document = (idx == self.doc_token).cumsum(1)
+            document = self.number_documents(idx)
             batches.append(
                 Batch(
                     idx,
                     targets,
                     tokens,
+                    ends=self.ends(document),
                     document=document,
                     items=items,
                     total_items=share.rows,
@@ -181,6 +183,14 @@ class TokenData(DataFolder):
         return StepData(batches, tokens, tokens * (T + 1) // 2)
 
     read = load
+
+    def number_documents(self, idx):
+        """The number (R, T) of the document of a row that each token lies in."""
+        return (idx == self.doc_token).cumsum(1)
+
+    def ends(self, document):
+        """Batch.ends of numbered documents, if they don't see each other; otherwise None."""
+        return document_fragments(document)[1] + 1 if self.cfg.mask_documents else None
 
     def rows(self, step, rows, first_row, count):
         """`count` rows of the `rows` rows of a step, from first_row on: (idx, targets).
@@ -226,7 +236,8 @@ class TokenData(DataFolder):
                 text = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
                 idx[row, : end - start] = text[:-1]
                 targets[row, first - start : end - start] = text[first - start + 1 :]
-            yield min(1, (begin + size) / len(windows)), Batch(idx, targets)
+            ends = self.ends(self.number_documents(idx))
+            yield min(1, (begin + size) / len(windows)), Batch(idx, targets, ends=ends)
 
     def report(self, share, objective):
         """Lines for the log of a run that is about to begin."""

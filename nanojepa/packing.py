@@ -136,12 +136,13 @@ class Batch:
     """One micro-batch.
 
     idx, targets (R, T): int64, targets of -1 are ignored. num_targets: of the whole step, an
-    int or a 0-dim float tensor. positions, ends (R, T): of packed rows (Document.write), None in
-    rows of text. document (R, T): a number for each document or fragment of one, another for its
-    branch, and -1 for filler. pairs (2, N): the places that the objective laid out, counted through
-    all rows; weight (N,): 1, or 0 for padding; group (N,): the number of the example. items,
-    total_items: see StepRandom. labels: places of the targets, counted through all rows, where they
-    are wanted. drawn: what the objective drew, None if this step has no term.
+    int or a 0-dim float tensor. positions, ends (R, T): of packed rows (Document.write); rows of
+    text have no positions, and ends only if their documents don't see each other. document (R, T):
+    a number for each document or fragment of one, another for its branch, and -1 for filler. pairs
+    (2, N): the places that the objective laid out, counted through all rows; weight (N,): 1, or 0
+    for padding; group (N,): the number of the example. items, total_items: see StepRandom. labels:
+    places of the targets, counted through all rows, where they are wanted. drawn: what the
+    objective drew, None if this step has no term.
     """
 
     idx: torch.Tensor
@@ -210,6 +211,18 @@ def tree_mask(ends, flex=None, positions=None, window=None):
     if window is not None:
         seen &= positions[:, :, None] - positions[:, None, :] < window
     return seen[:, None]
+
+
+def document_fragments(document):
+    """First and last position (R, T) of the fragment that each token lies in, from its number."""
+    R, T = document.shape
+    position = torch.arange(T).expand(R, T)
+    is_first = document.diff(dim=1, prepend=torch.full((R, 1), -1)) != 0
+    first = torch.where(is_first, position, 0).cummax(1).values
+    # A fragment ends before the next one begins, or with the row.
+    is_last = torch.cat((is_first[:, 1:], torch.ones(R, 1, dtype=torch.bool)), 1)
+    last = torch.where(is_last, position, T).flip(1).cummin(1).values.flip(1)
+    return first, last
 
 
 # ---- placing documents in rows

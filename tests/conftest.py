@@ -136,7 +136,7 @@ def keep_gradients(run):
     """Let a step compute its gradients and leave them: its optimizers do nothing."""
 
     class Idle:
-        param_groups = ()
+        param_groups = [{"params": run.parameters(), "initial_lr": 0.0}]
 
         def step(self):
             pass

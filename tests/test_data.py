@@ -1,6 +1,7 @@
 """Shards, tokenizers, rows of text and bits per byte: what data/ writes is what a run reads."""
 
 import base64
+import itertools
 import json
 import math
 import shutil
@@ -13,11 +14,11 @@ import pytest
 import torch
 
 import train_gpt
-from conftest import MemoryLog, make_config, make_run, texts, train_in_process, train_run
+from conftest import MemoryLog, make_config, make_run, shake, texts, train_in_process, train_run
 from data import prepare_fineweb, prepare_stdlib, prepare_text
 from nanojepa import corpora, records, shards
 from nanojepa.batches import TokenData
-from nanojepa.packing import Batch
+from nanojepa.packing import Batch, tree_mask
 from nanojepa.shards import prepare, read_shard, write_shard
 from nanojepa.tokenizer import GPT2_PATTERN, load_tokenizer, make_encoding, token_bytes
 
@@ -428,6 +429,30 @@ def test_bpb_is_nats_over_the_bytes_of_the_raw_text(data_path):
             nats += train_gpt.row_losses(run.model, batch).item()
     assert scores.val_loss == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
     assert scores.val_bpb == pytest.approx(nats / math.log(2) / raw_bytes, rel=1e-5)
+
+
+def test_masked_documents_do_not_see_each_other(data_path):
+    """The losses of a row are those of its documents alone, in training and in evaluation."""
+    run = shake(make_run(data_path, mask_documents=True))
+    (step, *_), (_, val) = (
+        run.data.load(0, run.share).batches,
+        next(run.data.val_batches(run.share)),
+    )
+    fragments = 0
+    for batch in (step, val):
+        ends, x = batch.ends, run.model._run_blocks(batch.idx, -1, mask=tree_mask(batch.ends))[0]
+        losses = run.model.token_losses(x, batch.targets)
+        for row in range(len(batch.idx)):
+            starts = [n for n, token in enumerate(batch.idx[row]) if token == run.data.doc_token]
+            for start, end in itertools.pairwise(sorted({0, *starts, batch.idx.size(1)})):
+                assert ends[row, start:end].unique().tolist() == [end]
+                alone = slice(row, row + 1), slice(start, end)
+                x, _ = run.model._run_blocks(batch.idx[alone], -1)
+                expected = run.model.token_losses(x, batch.targets[alone])
+                torch.testing.assert_close(losses[alone], expected, rtol=1e-4, atol=1e-4)
+                fragments += 1
+    assert fragments > 2 * len(step.idx)
+    assert make_run(data_path).data.load(0, run.share).batches[0].ends is None
 
 
 def test_sliding_windows_see_more(data_path):

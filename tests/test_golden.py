@@ -23,8 +23,8 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import hf
-import train_gpt
 from conftest import make_set, make_text, train_in_process
+from nanojepa import muon
 
 FILE = Path(__file__).with_name("golden.json")
 # Of ATEN_CPU_CAPABILITY; with the first two, oneDNN and MKL are held to AVX2.
@@ -113,8 +113,8 @@ def test_twenty_fine_tuning_steps_are_those_of_the_golden_curve(tmp_path, name):
 @pytest.mark.parametrize("name", ["ntp", "span", "pair"])
 def test_a_small_change_of_numerics_fails(data, monkeypatch, name):
     """Muon's updates a thousandth longer."""
-    original, (kind, settings) = train_gpt.orthogonalize, RUNS[name]
-    monkeypatch.setattr(train_gpt, "orthogonalize", lambda g: original(g) * 1.001)
+    original, (kind, settings) = muon.orthogonalize, RUNS[name]
+    monkeypatch.setattr(muon, "orthogonalize", lambda g: original(g) * 1.001)
     with pytest.raises(AssertionError, match="the numbers changed"):
         compare(name, curve(data[kind], settings))
 

@@ -372,17 +372,17 @@ def test_a_damaged_checkpoint_of_a_run_is_said_and_costs_the_steps_since_the_one
 
 def poison(monkeypatch, at, what):
     """Let the loss, or a gradient, of one step be no number."""
-    steps, name = itertools.count(), "training_loss" if what == "loss" else "sum_gradients"
+    steps, name = itertools.count(), "training_loss" if what == "loss" else "update_weights"
     original = getattr(train_gpt, name)
 
     def spoilt_loss(*arguments):
         losses = original(*arguments)
         return losses._replace(loss=losses.loss * float("nan")) if next(steps) == at else losses
 
-    def spoilt_gradients(run):
+    def spoilt_gradients(run, scale):
         if next(steps) == at:
             next(run.model.blocks.parameters()).grad.view(-1)[1] = float("inf")
-        return original(run)
+        return original(run, scale)
 
     spoilt = spoilt_loss if what == "loss" else spoilt_gradients
     monkeypatch.setattr(train_gpt, name, spoilt)
@@ -621,15 +621,15 @@ def test_two_ranks_stop_at_the_same_step_where_one_has_bad_numbers(data_path, ru
         sys.path.insert(0, {str(ROOT)!r})
         import train_gpt
 
-        sum_gradients, training_step = train_gpt.sum_gradients, train_gpt.training_step
+        update_weights, training_step = train_gpt.update_weights, train_gpt.training_step
         settle = train_gpt.Trainer.settle
 
         def spoilt_step(run, step, *rest):
-            def spoilt(run):
+            def spoilt(run, scale):
                 if step == 4 and run.began and run.share.rank == 1:
                     next(run.model.blocks.parameters()).grad.view(-1)[0] = float("nan")
-                return sum_gradients(run)
-            train_gpt.sum_gradients = spoilt
+                return update_weights(run, scale)
+            train_gpt.update_weights = spoilt
             return training_step(run, step, *rest)
 
         def told(self):

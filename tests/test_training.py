@@ -31,6 +31,7 @@ from conftest import (
 from model import GPT, Linear
 from nanojepa.device import Clock
 from nanojepa.diagnostics import diagnose, diagnostic_warnings
+from nanojepa.muon import Muon, orthogonalize
 from nanojepa.objectives import OBJECTIVES, Objective, StepRandom
 from nanojepa.objectives.distance import Views
 from nanojepa.objectives.schedule import keeps_term
@@ -591,10 +592,10 @@ def test_the_optimizer_and_its_rates_reach_the_weights(data_path):
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 32, 8), (2, 8, 32)])
 def test_orthogonalize_keeps_singular_vectors_and_sends_values_near_one(shape):
     g = torch.randn(shape, dtype=torch.float64)
-    S = torch.linalg.svdvals(train_gpt.orthogonalize(g))
+    S = torch.linalg.svdvals(orthogonalize(g))
     assert S.min() > 0.6 and S.max() < 1.25  # the band the published coefficients give
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    middle = u.mT @ train_gpt.orthogonalize(g) @ vh.mT  # diagonal if singular vectors are kept
+    middle = u.mT @ orthogonalize(g) @ vh.mT  # diagonal if singular vectors are kept
     diagonal = torch.diag_embed(middle.diagonal(dim1=1, dim2=2))
     torch.testing.assert_close(middle, diagonal, rtol=0, atol=1e-9)
 
@@ -604,12 +605,12 @@ def test_muon_matches_one_matrix_at_a_time():
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(s)) for s in ((8, 8), (16, 8), (8, 8), (8, 16))]
     slow, momentum = [p.detach().clone() for p in params], [torch.zeros_like(p) for p in params]
-    muon = train_gpt.Muon(params, lr=0.1, momentum=0.9, dtype=torch.float32)
+    muon = Muon(params, lr=0.1, momentum=0.9, dtype=torch.float32)
     for _ in range(3):
         for i, p in enumerate(params):
             p.grad = torch.randn_like(p)
             momentum[i] = 0.9 * momentum[i] + 0.1 * p.grad
-            update = train_gpt.orthogonalize((0.1 * p.grad + 0.9 * momentum[i])[None])[0]
+            update = orthogonalize((0.1 * p.grad + 0.9 * momentum[i])[None])[0]
             slow[i] -= 0.1 * max(1, p.size(0) / p.size(1)) ** 0.5 * update
         muon.step()
     for p, q in zip(params, slow, strict=True):

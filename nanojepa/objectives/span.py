@@ -16,7 +16,7 @@ import torch
 
 from nanojepa.objectives.distance import Views, noise_floor
 from nanojepa.objectives.objective import Objective
-from nanojepa.packing import Example
+from nanojepa.packing import Example, document_fragments
 
 
 class Span(Objective):
@@ -74,18 +74,6 @@ def choose_fragments(uniform, document):
     row = torch.arange(B)[:, None] * T
     weight = (count > 0).expand(uniform.shape).float()
     return row + first.gather(1, pick), row + last.gather(1, pick), weight
-
-
-def document_fragments(document):
-    """First and last position (B, T) of the fragment that each token lies in, from its number."""
-    B, T = document.shape
-    position = torch.arange(T).expand(B, T)
-    is_first = document.diff(dim=1, prepend=torch.full((B, 1), -1)) != 0
-    first = torch.where(is_first, position, 0).cummax(1).values
-    # A fragment ends before the next one begins, or with the row.
-    is_last = torch.cat((is_first[:, 1:], torch.ones(B, 1, dtype=torch.bool)), 1)
-    last = torch.where(is_last, position, T).flip(1).cummin(1).values.flip(1)
-    return first, last
 
 
 def place_spans(uniform, start, end, max_span_frac):
