@@ -2,7 +2,7 @@
 
     python bench.py [--rounds 20] [flags of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
     python bench.py [--rounds 20] --finetune [flags of finetune.py]
-    python bench.py --account h100 [--ranks 8] [flags of train_gpt.py]
+    python bench.py --account h100 [--ranks 8] [--finetune] [flags]
 
 A ratio is the median over the rounds of two variants' times in one round, so a machine that
 becomes slower or faster hits both alike.
@@ -13,7 +13,8 @@ matrix work of the network (GPT.flops; the optimizer's isn't counted) over that 
 in the run's own dtype. JEPA_LAMBDA is 0.1 if it isn't set; with COMPILE=0 nothing is compiled.
 
 --account: what a step would take on a card that needn't be here: memory by kind, time by part, and
-the MFU that follows. It is an estimate; nanojepa/account.py says how it is made.
+the MFU that follows. It is an estimate; nanojepa/account.py and nanojepa/hf/account.py say how it
+is made. Of a model, the folder's config.json and tokenizer are enough.
 
 --finetune: forward and backward of a micro-batch of batch_size examples, without the optimizer.
 They are packed, or padded to the longest document and to max_length, with the hidden states of
@@ -222,22 +223,37 @@ def train_step(run, n):
 # ------------------------------------------------------------------------------------ account
 
 
-def print_account(argv, gpu, ranks):
-    """Print the account of a step of train_gpt.py, without the term, on so many cards."""
+def account_pretraining(argv, card, ranks):
+    """The Account of a step of train_gpt.py, without the term, on so many cards."""
     cfg = load_settings(train_gpt.Config, argv, os.environ).config
     cpu = torch.device("cpu")
     share = divide_batch(cfg, 0, ranks, cpu)
     vocab_size = cfg.vocab_size or open_data(cfg).vocab_size
     config = train_gpt.gpt_config(replace(cfg, dtype="bfloat16"), vocab_size, cpu)
     micro_batches = share.rows // ranks // share.micro_rows
-    length, card = cfg.train_seq_len, GPUS[gpu]
-    found = account_gpt(partial(GPT, config), share.micro_rows, length, card, ranks, micro_batches)
-    print(*table(found, card), sep="\n")
-    seconds, memory = sum(found.seconds.values()), sum(found.memory.values())
+    make_model = partial(GPT, config)
+    return account_gpt(make_model, share.micro_rows, cfg.train_seq_len, card, ranks, micro_batches)
+
+
+def account_finetuning(argv, card, ranks):
+    """The Account of a step of finetune.py on so many cards."""
+    # transformers and peft are an extra of the package.
+    from nanojepa.hf.account import account_finetune
+    from nanojepa.hf.settings import ALIASES, Config
+
+    return account_finetune(load_settings(Config, argv, aliases=ALIASES).config, card, ranks, print)
+
+
+def print_account(account, name, ranks):
+    """Print an Account as a table, and as the last line what it adds up to."""
+    card = GPUS[name]
+    print(*table(account, card), sep="\n")
+    seconds, memory = sum(account.seconds.values()), sum(account.memory.values())
+    fits = "" if memory < card.memory else ": does not fit"
     print(
-        f"result: {ranks} x {gpu}: {1000 * seconds:.1f} ms a step, "
-        f"{found.tokens / seconds:,.0f} tokens/s, {found.mfu(card):.0%} MFU, "
-        f"{memory / GB:.1f} GB a rank"
+        f"result: {ranks} x {name}: {1000 * seconds:.1f} ms a step, "
+        f"{account.tokens / seconds:,.0f} tokens/s, {account.mfu(card):.0%} MFU, "
+        f"{memory / GB:.1f} of {card.memory / GB:.0f} GB a rank{fits}"
     )
 
 
@@ -284,7 +300,7 @@ def finetune_step(trainer, chunks, compute, n):
 
 def packed_sums(trainer, examples, term):
     """(sum of CE, sum of the term, 0 without) of examples, as the trainer computes them."""
-    return trainer.sums(trainer.model, trainer.pack(examples, term).to(trainer.args.device))
+    return trainer.sums(trainer.model, trainer.packer.pack(examples, term).to(trainer.args.device))
 
 
 def padded_sums(trainer, examples, length=0):
@@ -294,7 +310,7 @@ def padded_sums(trainer, examples, length=0):
     """
     from nanojepa.hf.model import DTYPES
 
-    batch = pad_rows(examples, trainer.filler, length)
+    batch = pad_rows(examples, trainer.packer.filler, length)
     rng = StepRandom(0, 0, batch.items, batch.total_items)
     batch.drawn = trainer.objective.draw(batch, rng)
     batch = batch.to(trainer.args.device)
@@ -346,7 +362,9 @@ def main():
     parser.add_argument("--ranks", type=int, default=1, help="cards of the account (default: 1)")
     own, flags = parser.parse_known_args()
     if own.account:
-        print_account(flags, own.account, own.ranks)
+        account = account_finetuning if own.finetune else account_pretraining
+        found = account(flags, GPUS[own.account], own.ranks)
+        print_account(found, own.account, own.ranks)
         return
     bench = bench_finetune if own.finetune else bench_pretraining
     bench(flags, own.rounds)

@@ -124,10 +124,17 @@ def flops_of(kernel):
     if "scaled_dot_product" not in operation:
         return kernel.estimate_flops() or 0
     (node,) = (node for node in kernel.node.get_origins() if str(node.target) == operation)
-    queries = next(source.meta["val"] for source in node.all_input_nodes)
-    rows, heads, length, width = queries.shape
+    return attention_flops(operation, next(x.meta["val"] for x in node.all_input_nodes)) // 2
+
+
+def attention_flops(operation, tensor):
+    """The FLOPs of attention without a mask, or of its backward pass, which computes scores again.
+
+    tensor: of the queries' shape.
+    """
+    rows, heads, length, width = tensor.shape
     products = 5 if "backward" in operation else 2
-    return products * rows * heads * length * length * width
+    return 2 * products * rows * heads * length * length * width
 
 
 # ---- a training step of a GPT

@@ -7,6 +7,8 @@ alone. Positions restart with each document and go on from the fork in a branch.
 Shapes: R rows of T tokens, N pairs of places.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -323,6 +325,27 @@ def fill_rows(items, rows, T, filler, room=0):
         group=group,
         items=items_of_pairs,
     )
+
+
+def rows_needed(examples, T):
+    """Rows of T tokens that hold the documents of these examples, if any document may be in any."""
+    lengths = [len(d) for e in examples for d in e.documents]
+    return 1 + max(row for row, _ in first_fit(lengths, np.full(len(lengths), T), T))
+
+
+def place_step(examples, T, max_rows, least=1):
+    """(rows, [Placed]) of a step's examples in as few micro-batches as hold them, `least` or more.
+
+    All micro-batches have the same number of rows, as few as will do, and at most max_rows, unless
+    an example needs more.
+    """
+    largest = max(rows_needed([example], T) for example in examples)
+    needed, max_rows = rows_needed(examples, T), max(max_rows, largest)
+    for count in itertools.count(max(least, math.ceil(needed / max_rows))):
+        for rows in range(max(largest, math.ceil(needed / count)), max_rows + 1):
+            placed = place_examples(examples, rows, T)
+            if max(place.micro_batch for place in placed) < count:
+                return rows, placed
 
 
 def pack_rows(examples, filler, T=0, first_item=0):

@@ -8,8 +8,14 @@ import pytest
 import torch
 
 import bench
+import hf
+from conftest import CPU
 from model import GPT, GPTConfig
 from nanojepa.account import GPUS, account_gpt
+from nanojepa.hf.account import account_finetune
+from nanojepa.hf.run import make_trainer
+from nanojepa.hf.settings import ALIASES, Config
+from nanojepa.settings import load_settings
 
 SHAPE = dict(vocab_size=2048, num_layers=3, model_dim=128, num_heads=4, num_kv_heads=4, mlp_mult=4)
 H100 = GPUS["h100"]
@@ -73,6 +79,77 @@ def test_no_time_is_below_that_of_the_products():
     assert seconds > account.flops / H100.flops
 
 
+# ---- fine-tuning
+
+
+@pytest.fixture(scope="module")
+def finetuning(tmp_path_factory):
+    """Flags of finetune.py: a model of which some MB are kept, and its data."""
+    folder = tmp_path_factory.mktemp("finetuning")
+    shape = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    return [
+        f"--model_name={hf.make_folder(folder / 'model', 'llama', **shape)}",
+        f"--train_file={hf.write_messages(folder / 'questions.jsonl', hf.QUESTIONS)}",
+        f"--output_dir={folder / 'out'}",
+        "--dtype=float32",
+        "--predictors=1",
+    ]
+
+
+@pytest.mark.parametrize("flags", [[], ["--gradient_checkpointing"], ["--lora"]], ids=str)
+def test_the_memory_of_a_pass_is_what_it_takes(finetuning, flags):
+    """Within 15%: the profiler sees scratch space of kernels too."""
+    cfg = load_settings(Config, finetuning + flags, aliases=ALIASES).config
+    trainer = make_trainer(cfg, say=lambda line: None)
+    trainer.model.train()
+    chunks = [trainer.train_dataset[n : n + 4] for n in range(0, 16, 4)]
+    (batch,) = trainer.packer.split(chunks, [0] * 4, True, 0, 16)
+    for p in trainer.model.parameters():  # gradients are counted on their own
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    measured = bench.peak_memory(lambda: sum(trainer.sums(trainer.model, batch)).backward(), CPU, 0)
+    found = account_finetune(cfg, H100, 1, lambda line: None)
+    assert found.memory["activations and temporary"] == pytest.approx(measured, rel=0.15)
+    trained = sum(p.nbytes for p in trainer.model.parameters() if p.requires_grad)
+    assert found.memory["gradients"] == trained and found.tokens == batch.idx.numel()
+    assert found.parameters == sum(p.numel() for p in trainer.model.parameters())
+    assert found.flops == trainer.floating_point_ops([batch])
+
+
+def test_sharding_divides_what_is_kept_and_sends_weights(finetuning):
+    one, eight = (
+        account_finetune(
+            load_settings(Config, [*finetuning, *flags], aliases=ALIASES).config, H100, 8, print
+        )
+        for flags in ([], ["--fsdp"])
+    )
+    for kind in ("weights", "gradients", "optimizer"):
+        assert eight.memory[kind] == one.memory[kind] / 8
+    assert one.memory["gathered weights of two blocks"] == 0
+    assert eight.memory["gathered weights of two blocks"] > 0
+    assert eight.seconds["gradients over ranks"] == 0 < one.seconds["gradients over ranks"]
+    # The weights twice and the gradients once, in float32, over the links.
+    sent = 12 * one.parameters * 7 / 8 / H100.link
+    assert eight.seconds["passes"] == pytest.approx(max(sent, one.seconds["passes"]))
+
+
+def test_bfloat16_weights_take_six_bytes_a_parameter(finetuning):
+    flags = ["--dtype=bf16", "--weights=bfloat16", "--optimizer=adamw_torch_8bit"]
+    cfg = load_settings(Config, finetuning + flags, aliases=ALIASES).config
+    found = account_finetune(cfg, H100, 1, print)
+    held = sum(found.memory[kind] for kind in ("weights", "gradients", "optimizer"))
+    assert held == 6 * found.parameters
+
+
+def test_an_account_of_fine_tuning_is_printed(finetuning, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--account=h200", "--finetune", *finetuning])
+    bench.main()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"result: 1 x h200: .* MFU, [\d.]+ of 141 GB a rank", last)
+
+
+# ---- the table
+
+
 def test_an_account_is_printed_without_the_card(monkeypatch, capsys):
     flags = "--vocab_size 512 --num_layers 2 --model_dim 64 --num_heads 2 --num_kv_heads 2"
     flags += " --train_batch_tokens 4096 --train_seq_len 128"
@@ -84,6 +161,6 @@ def test_an_account_is_printed_without_the_card(monkeypatch, capsys):
         lines[0].startswith("| 0.3M parameters, 4,096 tokens a step") or "M parameters" in lines[0]
     )
     assert re.fullmatch(
-        r"result: 2 x h200: [\d.]+ ms a step, [\d,]+ tokens/s, \d+% MFU, [\d.]+ GB a rank",
+        r"result: 2 x h200: [\d.]+ ms a step, [\d,]+ tokens/s, \d+% MFU, [\d.]+ of 141 GB a rank",
         lines[-1],
     )

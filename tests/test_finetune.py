@@ -6,6 +6,7 @@ The reference is written from the formulas, and from chat templates that are spe
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -283,14 +284,16 @@ def test_span_step_equals_whole_conversation_unpacked(models, questions, tmp_pat
     flags = "--span --batch_size 1 --grad_accum 8"
     trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
     trunks = [example.documents[0].trunk for example in trainer.train_dataset]
-    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 8, None)
+    (*_, batches), _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 8, None)
     trainer.start_log_line()  # that was a look at the first step, which isn't to be logged
     spans = {}
-    for batch in batches:  # one document in one row, so places are those of its tokens
-        ids = batch.idx.flatten().tolist()
-        n = next(n for n, trunk in enumerate(trunks) if trunk == ids[: len(trunk)])
-        before, b, start, end = batch.drawn["places"].flatten().tolist()
-        spans[n] = before + 1, b, start, end
+    for batch in batches:
+        ids, document = batch.idx.flatten().tolist(), batch.document.flatten()
+        for places in batch.drawn["places"].flatten(1).T.tolist():
+            first = int((document == document[places[2]]).nonzero()[0])
+            n = next(n for n, t in enumerate(trunks) if t == ids[first : first + len(t)])
+            before, b, start, end = (place - first for place in places)
+            spans[n] = before + 1, b, start, end
     assert_same(trainer, "llama", spans)
 
 
@@ -332,6 +335,62 @@ def test_memory_efficient_and_additive_mask_change_no_number(models, questions, 
         close(again, gradients)
 
 
+def test_the_tokens_of_a_pass_change_no_number(models, questions, tmp_path):
+    """More passes of fewer rows: the same step."""
+    steps, passes = [], []
+    for tokens in (64, 1200, 10_000):
+        flags = f"--predictors 1 --batch_size 2 --grad_accum 4 --micro_batch_tokens {tokens}"
+        trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
+        loader = iter(trainer.get_train_dataloader())
+        (*empty, batches), _ = trainer.get_batch_samples(loader, 4, "cpu")
+        assert empty == [[]] * 3 and len({batch.idx.shape for batch in batches}) == 1
+        assert batches[0].idx.numel() <= max(
+            tokens, 2 * trainer.packer.row_length
+        )  # an example's rows
+        passes.append(len(batches))
+        trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
+        steps.append(one_step(trainer))
+    assert passes[0] > passes[1] > passes[2] == 1, passes
+    for gradients, line in steps[1:]:
+        for name in ("loss", "ce_loss", "jepa_loss", "grad_norm"):
+            assert line[name] == pytest.approx(steps[0][1][name], rel=1e-4)
+        close(gradients, steps[0][0])
+
+
+def test_bfloat16_weights_need_bfloat16_products(models, questions, tmp_path):
+    flags = "--weights bfloat16 --optimizer adamw_torch_8bit --dtype bf16"
+    trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
+    assert trainer.args.optim == "adamw_torch_8bit"
+    assert trainer.args.optim_args == "bf16_stochastic_round=True"
+    gradients, line = one_step(trainer)
+    exact, same = one_step(make_trainer(models["llama"], questions, tmp_path / "out"))
+    assert line["loss"] == pytest.approx(same["loss"], rel=0.02)  # bfloat16 has three digits
+    assert all(
+        F.cosine_similarity(gradients[n].float().flatten(), exact[n].flatten(), dim=0) > 0.95
+        for n in exact
+    )
+
+
+def test_few_shapes(models, tmp_path):
+    """At most four in 500 passes, with lengths that differ by a factor of ten."""
+    rng = random.Random(0)
+    words = [" ".join(["word"] * rng.randint(4, 40)) for _ in range(2000)]
+    data = hf.write_messages(tmp_path / "many.jsonl", [(None, w, w[::-1]) for w in words])
+    flags = "--num_epochs 5 --micro_batch_tokens 1024"
+    trainer = make_trainer(models["llama"], data, tmp_path / "out", flags)
+    shapes, passes, filled, padding = set(), 0, 0, 0
+    for _ in range(5):
+        loader = iter(trainer.get_train_dataloader())
+        for _ in range(2000 // 16):
+            (*_, batches), _ = trainer.get_batch_samples(loader, 4, "cpu")
+            shapes |= {batch.idx.shape for batch in batches}
+            passes += len(batches)
+            padding += sum(int((batch.document < 0).sum()) for batch in batches)
+            filled += sum(batch.idx.numel() for batch in batches)
+    assert passes >= 500 and len(shapes) <= 4 and padding < 0.15 * filled
+
+
 def test_memory_efficient_keeps_less(models, questions, tmp_path):
     """Bytes that the forward pass of the largest micro-batch keeps for the backward pass."""
 
@@ -342,10 +401,11 @@ def test_memory_efficient_keeps_less(models, questions, tmp_path):
         sizes = []
         for examples in trainer.get_train_dataloader():
             found = []
+            batch, *_ = trainer.packer.split([examples], [0], True, 0, len(examples))
             with saved_tensors_hooks(
                 lambda x, found=found: found.append(x.nbytes) or x, lambda x: x
             ):
-                trainer.sums(trainer.model, trainer.pack(examples))
+                trainer.sums(trainer.model, batch)
             sizes.append(sum(found))
         return max(sizes)
 
@@ -356,7 +416,7 @@ def test_infonce_is_among_the_micro_batch(models, questions, tmp_path):
     """With memory_efficient too: its micro-batches stay whole."""
     flags = "--infonce --batch_size 8 --memory_efficient"
     trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
-    batch = trainer.pack(trainer.train_dataset)
+    batch = trainer.packer.pack(trainer.train_dataset)
     lm = CausalLM(trainer.model)
     with torch.no_grad():
         states = lm.states(batch.idx, batch.positions, batch.ends).flatten(0, 1)
@@ -696,7 +756,7 @@ from torch.distributed.fsdp import fully_shard
 from nanojepa.device import end_rank
 from test_finetune import make_trainer
 trainer = make_trainer(*{arguments!r}, "--predictors 2 --linear_predictor")
-batch = trainer.pack(trainer.train_dataset)
+batch = trainer.packer.pack(trainer.train_dataset)
 
 def backward():
     ce, term = trainer.sums(trainer.model, batch)
@@ -744,7 +804,7 @@ def build(flags):
 
 
 def gradients(trainer, model):
-    batch = trainer.pack(trainer.train_dataset[4 * rank : 4 * rank + 4])
+    batch = trainer.packer.pack(trainer.train_dataset[4 * rank : 4 * rank + 4])
     torch.manual_seed(100 + rank)  # of what is dropped
     sums = trainer.sums(model, batch)
     (sums.ce + sums.term).backward()
@@ -830,7 +890,7 @@ def test_dropped_steps_cost_a_plain_step_and_are_no_zero_in_the_log(models, ques
     # The whole set is a step and the rate is 0: one value, which dropped steps don't lower.
     values = [line["jepa_loss"] for line in lines if "jepa_loss" in line]
     assert max(values) - min(values) < 1e-4
-    plain, full = (trainer.pack(trainer.train_dataset, term) for term in (False, True))
+    plain, full = (trainer.packer.pack(trainer.train_dataset, term) for term in (False, True))
     assert plain.drawn is None and (plain.targets >= 0).sum() == (full.targets >= 0).sum()
     assert plain.idx.numel() < 0.7 * full.idx.numel()
     whole, always = (
@@ -880,11 +940,11 @@ def test_flops_are_those_of_torch_s_counter(models, questions, tmp_path, flags):
     """It counts eager attention's products. It leaves out norms and the embeddings' gradient."""
     flags += " --attn_implementation eager"
     trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
-    batch = trainer.pack(trainer.train_dataset)
+    batch = trainer.packer.pack(trainer.train_dataset)
     trainer.model.train()
     with FlopCounterMode(display=False) as counter:
         sum(trainer.sums(trainer.model, batch)).backward()
-    assert counter.get_total_flops() == pytest.approx(trainer.floating_point_ops(batch), rel=0.05)
+    assert counter.get_total_flops() == pytest.approx(trainer.floating_point_ops([batch]), rel=0.05)
 
 
 def test_same_flop_makes_fewer_steps(models, questions, tmp_path):
@@ -1103,12 +1163,19 @@ def test_misuse_ends_in_one_line(models, questions, tmp_path):
         (llama, questions, out, "--max_length 12", "no example has a label left"),
         (llama, questions, out, f"--data_file {questions}", "give either dataset.train_file or"),
         (llama, questions, out, "--fsdp", "training.fsdp: needs CUDA"),
+        (llama, questions, out, "--weights bfloat16", "needs optimizer: adamw_torch_8bit"),
         (llama, questions, out, "--dtype fp16", "training.dtype=fp16: needs CUDA"),
     ]:
         with pytest.raises(SystemExit) as refused:
             run.main(flags_of(name, data, folder, flags))
         assert re.match("error: [^\n]*" + message, str(refused.value)), refused.value
         assert "\n" not in str(refused.value)
+
+
+def test_an_optimizer_of_a_package_that_is_missing_names_it(models, questions, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="optimizer=adamw_torch_4bit: pip install torchao"):
+        train(models["llama"], questions, "nowhere", "--optimizer adamw_torch_4bit")
 
 
 # How a key changes a run: the value, or (flags without it, the value).
@@ -1167,8 +1234,8 @@ dataset.eval_split dataset.split_seed dataset.max_items dataset.max_eval_items d
 dataset.train_split dataset.test_split dataset.columns dataset.bad dataset.remove_thinking
 dataset.date dataset.cache_dir
 dataset.preprocess_num_proc dataset.tokenize_num_proc dataset.tokenize_batch_size
-training.output_dir training.lbd training.additive_mask training.gamma training.track_flop
-training.fsdp training.resume
+training.weights training.micro_batch_tokens training.output_dir training.lbd training.additive_mask
+training.gamma training.track_flop training.fsdp training.resume
 """
 
 

@@ -18,6 +18,8 @@ from nanojepa.packing import (
     first_fit,
     pack_rows,
     place_examples,
+    place_step,
+    rows_needed,
     tree_mask,
 )
 
@@ -278,6 +280,33 @@ def test_one_micro_batch_of_all_examples_for_fine_tuning(several, T, first_item)
     check_batch(batch, several, places, range(len(several)), first_items)
     assert batch.weight.sum() == sum(counts) and len(batch.weight) == max(1, sum(counts))
     assert batch.total_items == first_item + max(1, sum(counts))
+
+
+@given(
+    st.lists(examples(), min_size=1, max_size=8),
+    st.integers(16, 40),
+    st.integers(1, 4),
+    st.integers(1, 5),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_step_in_as_few_micro_batches_of_few_rows_as_hold_it(several, T, max_rows, least):
+    rows, placed = place_step(several, T, max_rows, least)
+    largest = max(rows_needed([example], T) for example in several)
+    assert rows <= max(max_rows, largest)
+    held = {}
+    for example, (number, places) in zip(several, placed, strict=True):
+        for document, (row, column) in zip(example.documents, places, strict=True):
+            assert 0 <= row < rows
+            taken = {(row, column + n) for n in range(len(document))}
+            assert max(column for _, column in taken) < T
+            assert not taken & held.setdefault(number, set())
+            held[number] |= taken
+    count, tokens = 1 + max(held), sum(len(d) for e in several for d in e.documents)
+    assert count * rows * T >= tokens
+    # One micro-batch fewer, with all the rows that are allowed, doesn't hold them.
+    if count > least:
+        again = place_examples(several, max(max_rows, largest), T)
+        assert max(place.micro_batch for place in again) + 1 >= count
 
 
 def test_what_draw_needs_stays_on_the_host():

@@ -151,8 +151,8 @@ def load_model(cfg, base, objective, say=print):
         flex = getattr(kind, "_supports_flex_attn", False) and cfg.dataset.max_length > 1024
     chosen = m.attn_implementation in ("sdpa", "eager")
     options = {
-        # Weights that are trained are float32; frozen ones need no such precision.
-        "dtype": DTYPES[t.dtype] if m.use_lora and not m.pretrain else torch.float32,
+        # Frozen weights need no more precision than the computation.
+        "dtype": DTYPES[t.dtype] if m.use_lora and not m.pretrain else getattr(torch, t.weights),
         "attn_implementation": m.attn_implementation if chosen else dense,
     }
     with loading(f"model.name={m.name}"):

@@ -2,19 +2,13 @@
 
     python finetune.py --config configs/finetune_example.yaml     one process: a GPU, or a CPU
     torchrun --nproc_per_node 8 finetune.py --config FILE         one process a GPU
-    jepa-llm --config my-run.yaml                                 the same, where it is installed
 
-Each key of the YAML file is a flag too: --section.key, or --key if only one section has it. This
-file is a run from its settings to its result. What it calls lies beside it, in the order of a run:
+Each key of the YAML file is a flag too: --section.key, or --key if only one section has it.
 
-    settings.py   every key, its default and its range
-    chat.py       messages as tokens, through the tokenizer's chat template
-    layout.py     records as the examples that an objective lays out
-    limits.py     what a model can be fed
-    model.py      what a model is before its weights; its weights; the losses of a packed batch
-    lora.py       adapters on its linear layers
-    trainer.py    the step: batches, sums over counts, evaluation
-    export.py     checkpoints and the trained model, sealed
+This file is a run from its settings to its result. What it calls, in the order of a run:
+settings.py (every key), chat.py (messages as tokens), layout.py (what an objective compares),
+limits.py (what a model can be fed), model.py and lora.py (weights and losses), batches.py and
+trainer.py (a step), export.py (checkpoints and the trained model).
 """
 
 import functools
@@ -140,6 +134,9 @@ def check_run(cfg, folder):
         raise ValueError("training.fsdp: needs CUDA; leave it out")
     if t.dtype == "fp16" and not cuda:
         raise ValueError("training.dtype=fp16: needs CUDA; choose bf16 or float32")
+    of_torchao = t.optimizer in ("adamw_torch_8bit", "adamw_torch_4bit")
+    if of_torchao and not importlib.util.find_spec("torchao"):
+        raise ValueError(f"training.optimizer={t.optimizer}: pip install torchao")
     if folder.is_dir() and folder.resolve() == Path(cfg.model.name).resolve():
         raise ValueError(f"training.output_dir={folder} is the model's own folder; choose another")
     if (folder / "result.json").exists():
@@ -270,8 +267,10 @@ def make_trainer(cfg, say=print):
 
 def optimizer_name(name):
     """The optimizer, or one that runs here."""
+    if name.startswith("adamw_torch") or "8bit" not in name:
+        return name
     has_8bit = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")
-    return name if has_8bit or "8bit" not in name else "adamw_torch_fused"
+    return name if has_8bit else "adamw_torch_fused"
 
 
 def training_arguments(cfg, evaluates):
@@ -289,15 +288,11 @@ def training_arguments(cfg, evaluates):
         # Or the gradients of a whole model would be kept between micro-batches on each card.
         accumulation = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
         sharding["accelerator_config"] = accumulation
-    size, accum = t.batch_size, t.grad_accum
-    # Some distances need all views of a micro-batch at once.
-    if t.memory_efficient and cfg.distance not in ACROSS_PAIRS:
-        size, accum = 1, size * accum  # the same step
     args = TrainingArguments(
         output_dir=t.output_dir,
-        per_device_train_batch_size=size,
+        per_device_train_batch_size=t.batch_size,
         per_device_eval_batch_size=t.batch_size,
-        gradient_accumulation_steps=accum,
+        gradient_accumulation_steps=t.grad_accum,
         learning_rate=t.learning_rate,
         num_train_epochs=t.num_epochs,
         eval_strategy="steps" if evaluates else "no",
@@ -310,6 +305,7 @@ def training_arguments(cfg, evaluates):
         bf16=t.dtype == "bf16",
         fp16=t.dtype == "fp16",
         optim=optimizer_name(t.optimizer),
+        optim_args="bf16_stochastic_round=True" if t.weights == "bfloat16" else None,
         seed=g.finetune_seed,
         data_seed=g.finetune_seed,
         use_cpu=find_device().type == "cpu",

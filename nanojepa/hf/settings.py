@@ -122,8 +122,12 @@ class Data:
 @dataclass
 class Training:
     output_dir: str = "./checkpoints"  # folder of the model, its checkpoints and its losses
-    batch_size: Positive = 4  # examples a micro-batch and process
-    grad_accum: Positive = 4  # micro-batches a step
+    # A step has batch_size x grad_accum examples a process. With infonce a pass has batch_size.
+    batch_size: Positive = 4
+    grad_accum: Positive = 4  # see batch_size
+    # Tokens of a forward pass and process, padding counted: a step's examples are packed in as few
+    # passes as hold no more. Memory grows with it; sharded weights are gathered for each pass.
+    micro_batch_tokens: Positive = 4096
     learning_rate: NonNegative = 2e-5  # at the start; it falls linearly to 0
     num_epochs: NonNegative = 3.0  # epochs
     eval_steps: Positive = 10  # steps between evaluations
@@ -153,12 +157,16 @@ class Training:
     same_flop: bool = False  # as many steps as cost what num_epochs cost without the term
     track_flop: bool = False  # print the FLOPs of the first ten steps
     additive_mask: bool = False  # no effect; all views are encoded in one forward pass anyway
-    memory_efficient: bool = False  # one example at a time, and gradient_checkpointing; same loss
+    memory_efficient: bool = False  # one row at a time, and gradient_checkpointing; same loss
     # Compute activations again in the backward pass: a third more time, much less memory.
     gradient_checkpointing: bool = False
-    dtype: OneOf(DTYPES) = "bf16"  # of the computation; weights that are trained are float32
-    # One of TrainingArguments.optim. An 8-bit one needs CUDA and bitsandbytes; without them
-    # adamw_torch_fused is taken.
+    dtype: OneOf(DTYPES) = "bf16"  # of the computation
+    # Of weights that are trained. bfloat16: weights, gradients and Adam's state take 6 bytes a
+    # parameter, not 16. It needs optimizer: adamw_torch_8bit, which rounds at random up or down, or
+    # small updates would be lost.
+    weights: Literal["float32", "bfloat16"] = "float32"
+    # One of TrainingArguments.optim. adamw_8bit needs CUDA and bitsandbytes; without them
+    # adamw_torch_fused is taken. adamw_torch_8bit needs torchao.
     optimizer: str = "adamw_8bit"
     fsdp: bool = False  # shard weights, gradients and optimizer over the processes (FSDP2)
     resume: str = ""  # continue from this checkpoint; auto: from the newest in output_dir, if any
@@ -185,6 +193,10 @@ class Config:
         if t.jepa_ratio != -1 and not 0 < t.jepa_ratio <= 1:
             raise ValueError(
                 f"training.jepa_ratio={t.jepa_ratio}: must be -1, or above 0 and at most 1"
+            )
+        if t.weights == "bfloat16" and (t.dtype, t.optimizer) != ("bf16", "adamw_torch_8bit"):
+            raise ValueError(
+                "training.weights=bfloat16: needs optimizer: adamw_torch_8bit, and dtype: bf16"
             )
         if t.last_token > 0:
             raise ValueError(f"training.last_token={t.last_token}: must be 0 or less")

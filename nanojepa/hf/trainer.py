@@ -4,6 +4,7 @@ CE and the term are sums over the labels and pairs of a step, of all its micro-b
 processes, divided by their number. The trainer has an objective, and never asks which.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -19,15 +20,15 @@ from safetensors import SafetensorError
 from transformers import Trainer
 
 from nanojepa.files import one_line
+from nanojepa.hf.batches import Packer, count_pairs
 from nanojepa.hf.export import UNFINISHED, publish_checkpoint
 from nanojepa.hf.model import FLEX, Sums
 from nanojepa.hf.settings import DTYPES
-from nanojepa.objectives import StepRandom
 from nanojepa.objectives.schedule import keeps_term
-from nanojepa.packing import pack_rows
 
 # What libraries raise if a file can't be written: those of torch and safetensors have their own.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+EVAL_WINDOW = 256  # examples that are packed together in evaluation
 
 
 class Counts(NamedTuple):
@@ -67,10 +68,6 @@ def count(batch):
     return torch.stack((labels, pairs))
 
 
-def count_pairs(examples):
-    return sum(len(example.pairs) for example in examples)
-
-
 class JepaTrainer(Trainer):
     """A Trainer whose data are Examples, and whose model returns Sums of Batches."""
 
@@ -79,12 +76,10 @@ class JepaTrainer(Trainer):
         keep_precision(self.accelerator)
         self.cfg, self.chat, self.objective = cfg, chat, objective
         self.loss_is_scaled_for_ga = True  # by compute_loss, with the step's Counts
-        self.filler = chat.tokenizer.eos_token_id
-        self.row_length = 0  # that of the longest document
-        if self.model.config._attn_implementation == FLEX:
-            # It compiles a kernel for each length. A branch comes on top of max_length.
-            longest = cfg.dataset.max_length + cfg.dataset.predictors + 8
-            self.row_length = 128 * math.ceil(longest / 128)
+        flex = self.model.config._attn_implementation == FLEX
+        examples = [*self.train_dataset, *(self.eval_dataset or ())]
+        filler = chat.tokenizer.eos_token_id
+        self.packer = Packer(cfg, objective, filler, examples, multiple=128 if flex else 64)
         self.costs = unit_flops(self.model)
         self.eval_seconds = 0.0
         self.start_log_line()
@@ -96,27 +91,15 @@ class JepaTrainer(Trainer):
 
     # ---- batches
 
-    def pack(self, examples, term=True, step=0, first_item=0, total_items=0):
-        """The Batch of these examples.
-
-        term: whether the step has the term, if there is one; otherwise its views are not encoded
-        either. What is drawn depends on the step, and on the number first_item, in the step, of
-        the first pair. total_items: how many pairs the step has; 0: no more than these examples.
-        """
-        has_term = term and self.objective is not None
-        if not has_term:
-            examples = [example.without_term() for example in examples]
-        batch = pack_rows(examples, self.filler, self.row_length, first_item)
-        # Found here: on a GPU this would wait for the device.
-        batch.labels = (batch.targets.flatten() >= 0).nonzero()[:, 0]
-        if not has_term:
-            return batch
-        seed, total_items = self.cfg.general.finetune_seed, total_items or batch.total_items
-        batch.drawn = self.objective.draw(batch, StepRandom(seed, step, batch.items, total_items))
-        return batch
+    def largest(self, number):
+        """The largest of the processes' numbers."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The Batches of a step, and its Counts."""
+        """The Batches of a step, and its Counts.
+
+        The Trainer expects num_batches items, and steps after the last: that one holds all Batches.
+        """
         cfg, step = self.cfg, self.state.global_step
         term = keeps_term(cfg.general.finetune_seed, step, cfg.ratio)
         self.steps += 1
@@ -125,18 +108,32 @@ class JepaTrainer(Trainer):
         # The pairs of a step are numbered as one process would meet them, so that what is drawn
         # for a pair doesn't depend on the number of processes.
         own = torch.tensor([[count_pairs(chunk) for chunk in chunks]], device=device)
-        counts = self.accelerator.gather(own).T  # (micro-batches, processes)
+        counts = self.accelerator.gather(own).T  # (chunks, processes)
         ends = counts.flatten().cumsum(0).view(counts.shape)
         first = (ends - counts)[:, self.args.process_index].tolist()
         total = max(1, int(counts.sum()))
-        batches = [
-            self.pack(chunk, term, step, n, total) for chunk, n in zip(chunks, first, strict=True)
-        ]
+        batches = self.packer.split(chunks, first, term, step, total, self.largest)
         if cfg.training.track_flop and step < 10:
-            flops = sum(map(self.floating_point_ops, batches))
+            flops = self.floating_point_ops(batches)
             print(f"step {step + 1}: {flops:.4g} FLOPs on this process", flush=True)
         own = sum(map(count, batches), torch.zeros(2)).to(device)
-        return batches, Counts(*self.accelerator.gather(own[None]).sum(0).clamp(min=1))
+        counts = Counts(*self.accelerator.gather(own[None]).sum(0).clamp(min=1))
+        return [[]] * (len(chunks) - 1) + [batches], counts
+
+    def training_step(self, model, batches, num_items_in_batch=None):
+        """Forward and backward of these Batches; gradients are summed over processes at the last.
+
+        Where weights are sharded, they are summed after each.
+        """
+        loss = torch.zeros((), device=self.args.device)
+        for batch in batches:
+            if batch is batches[-1] or self.args.fsdp:
+                summed = contextlib.nullcontext()
+            else:
+                summed = self.accelerator.no_sync(model)
+            with summed:
+                loss += super().training_step(model, batch, num_items_in_batch)
+        return loss
 
     def _prepare_inputs(self, inputs):
         return inputs.to(self.args.device)
@@ -159,24 +156,29 @@ class JepaTrainer(Trainer):
 
     # ---- evaluation and the log
 
-    def _evaluate(self, *arguments):
-        """As the Trainer's, but the last evaluation is left until the weights are on the disk."""
-        return {} if self.control.should_training_stop else super()._evaluate(*arguments)
+    def eval_batches(self, examples):
+        """All Batches of these examples, the same on every process."""
+        keeps = self.packer.keeps_chunks
+        size = self.args.per_device_eval_batch_size if keeps else EVAL_WINDOW
+        batches = []
+        for step, n in enumerate(range(0, len(examples), size)):
+            chunk = examples[n : n + size]
+            batches += self.packer.split([chunk], [0], True, step, max(1, count_pairs(chunk)))
+        return batches
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """{"eval_loss": CE a label, "eval_jepa_loss": the term a pair} over the eval examples."""
         began, model, was_training = time.perf_counter(), self.model_wrapped, self.model.training
-        examples, size = eval_dataset or self.eval_dataset, self.args.per_device_eval_batch_size
-        chunks = [examples[n : n + size] for n in range(0, len(examples), size)]
+        batches = self.eval_batches(eval_dataset or self.eval_dataset)
         rank, world_size = self.args.process_index, self.args.world_size
         totals = torch.zeros(2, 2, device=self.args.device)
         model.eval()
-        # Sharded weights need as many forward passes on every process, so some repeat a chunk.
-        for n in range(rank, len(chunks) + -len(chunks) % world_size, world_size):
-            batch = self._prepare_inputs(self.pack(chunks[n % len(chunks)], step=n))
+        # Sharded weights need as many forward passes on every process, so some repeat one.
+        for n in range(rank, len(batches) + -len(batches) % world_size, world_size):
+            batch = self._prepare_inputs(batches[n % len(batches)])
             sums = torch.stack(self.sums(model, batch))
-            if n < len(chunks):
+            if n < len(batches):
                 totals += torch.stack((sums, count(batch)))
         (ce, term), (labels, pairs) = self.accelerator.reduce(totals, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": ce / labels}
@@ -242,32 +244,41 @@ class JepaTrainer(Trainer):
 
     # ---- FLOPs
 
-    def floating_point_ops(self, batch):
-        """FLOPs, forward and backward, of a Batch, its padding counted."""
-        tokens, costs = batch.idx.numel(), self.costs
-        labels = int((batch.targets >= 0).sum())
-        pairs = tokens * batch.idx.size(1)
-        return costs.token * tokens + costs.label * labels + costs.pair * pairs
+    def floating_point_ops(self, batches):
+        """FLOPs, forward and backward, of Batches, their padding counted."""
+        return count_flops(self.costs, batches)
 
     def limit_flops(self):
         """Make as many steps as cost what the epochs cost without the term; returns a line on it.
 
-        A step's cost is measured on the layouts of up to 200 micro-batches.
+        A step's cost is measured on the layouts of up to 50 steps.
         """
-        args, size, ratio = self.args, self.args.per_device_train_batch_size, self.cfg.ratio
+        args, data = self.args, self.train_dataset
+        size = args.per_device_train_batch_size
+        step = size * args.gradient_accumulation_steps
         plain = full = 0
-        for n in range(0, min(len(self.train_dataset), 200 * size), size):
-            examples = self.train_dataset[n : n + size]
-            plain += self.floating_point_ops(self.pack(examples, term=False))
-            full += self.floating_point_ops(self.pack(examples))
-        cost = (ratio * full + (1 - ratio) * plain) / plain
-        step = size * args.gradient_accumulation_steps * args.world_size
-        steps = int(math.ceil(len(self.train_dataset) / step) * args.num_train_epochs)
+        for n in range(0, min(len(data), 50 * step), step):
+            chunks = [data[m : m + size] for m in range(n, min(n + step, len(data)), size)]
+            numbers = [0] * len(chunks)
+            plain += self.floating_point_ops(self.packer.split(chunks, numbers, False, 0, 1))
+            full += self.floating_point_ops(self.packer.split(chunks, numbers, True, 0, len(data)))
+        cost = (self.cfg.ratio * full + (1 - self.cfg.ratio) * plain) / plain
+        steps = int(math.ceil(len(data) / (step * args.world_size)) * args.num_train_epochs)
         args.max_steps = max(1, int(steps / cost))
         return (
             f"same_flop: a step costs {cost:.3f} of one without the term: "
             f"{args.max_steps} steps instead of {steps}"
         )
+
+
+def count_flops(costs, batches):
+    """FLOPs, forward and backward, of Batches, their padding counted."""
+    flops = 0
+    for batch in batches:
+        tokens, labels = batch.idx.numel(), len(batch.labels)
+        flops += costs.token * tokens + costs.label * labels
+        flops += costs.pair * tokens * batch.idx.size(1)
+    return flops
 
 
 def unit_flops(model):

@@ -1,0 +1,102 @@
+"""A fine-tuning step's examples, packed into few passes of few shapes.
+
+Shapes: R rows of T tokens, N pairs of places.
+"""
+
+import itertools
+import math
+
+from nanojepa.objectives import StepRandom
+from nanojepa.objectives.distance import ACROSS_PAIRS
+from nanojepa.packing import Item, fill_rows, pack_rows, place_step
+
+
+def count_pairs(examples):
+    return sum(len(example.pairs) for example in examples)
+
+
+def choose_row_length(examples, step_examples, multiple):
+    """T: the longest document's tokens, and more where a step would fill several such rows.
+
+    Less of longer rows stays empty. T is at most 512 for that, since attention costs its square,
+    and a step fills four rows. step_examples: examples of a step and process.
+    """
+    lengths = [len(d) for example in examples for d in example.documents]
+    quarter = sum(lengths) / len(examples) * step_examples / 4
+    return multiple * math.ceil(max(max(lengths), min(512, quarter)) / multiple)
+
+
+class Packer:
+    """Makes Batches of Examples. All rows of a run have the same length, and a step's Batches one
+    number of rows, so that kernels are planned and memory is laid out for few shapes.
+    """
+
+    def __init__(self, cfg, objective, filler, examples, multiple):
+        """examples: all that will be packed. multiple: T is one of it."""
+        t = cfg.training
+        self.seed, self.objective, self.filler = cfg.general.finetune_seed, objective, filler
+        step_examples = 1 if t.memory_efficient else t.batch_size * t.grad_accum
+        self.row_length = choose_row_length(examples, step_examples, multiple)
+        tokens = 0 if t.memory_efficient else t.micro_batch_tokens
+        self.max_rows = max(1, tokens // self.row_length)
+        # Some distances need all views of batch_size examples at once.
+        self.keeps_chunks = objective is not None and cfg.distance in ACROSS_PAIRS
+
+    def pack(self, examples, term=True, step=0):
+        """One Batch of these examples; what is drawn depends on the step.
+
+        term: whether the step has the term, if there is one; otherwise its views are not encoded
+        either.
+        """
+        batch = pack_rows(self.encoded(examples, term), self.filler, self.row_length)
+        return self.finish(batch, term, step, batch.total_items)
+
+    def split(self, chunks, numbers, term, step, total_items, agree=int):
+        """The Batches of a step, of its examples on one process.
+
+        chunks: lists of Examples. numbers: the number in the step of each chunk's first pair.
+        total_items: pairs of the step. agree: of this process's number of Batches makes the number
+        that all make, if need be empty ones, since sharded weights need as many passes.
+        """
+        chunks = [self.encoded(chunk, term) for chunk in chunks]
+        if self.keeps_chunks:
+            packed = [
+                pack_rows(chunk, self.filler, self.row_length, number)
+                for chunk, number in zip(chunks, numbers, strict=True)
+            ]
+        else:
+            packed = self.pack_few(chunks, numbers, agree)
+        return [self.finish(batch, term, step, total_items) for batch in packed]
+
+    def pack_few(self, chunks, numbers, agree):
+        """Batches that may hold examples of any chunk, as few as max_rows allows."""
+        examples, T = list(itertools.chain(*chunks)), self.row_length
+        rows, placed = place_step(examples, T, self.max_rows)
+        own = 1 + max(place.micro_batch for place in placed)
+        count = agree(own)
+        if count > own:
+            rows, placed = place_step(examples, T, self.max_rows, count)
+        items = [[] for _ in range(count)]
+        first_items = [
+            number + count_pairs(chunk[:n])
+            for chunk, number in zip(chunks, numbers, strict=True)
+            for n in range(len(chunk))
+        ]
+        for n, (example, place) in enumerate(zip(examples, placed, strict=True)):
+            items[place.micro_batch].append(Item(example, place.places, n, first_items[n]))
+        return [fill_rows(own, rows, T, self.filler, room=1) for own in items]
+
+    def encoded(self, examples, term):
+        """The Examples as a step encodes them."""
+        if term and self.objective is not None:
+            return examples
+        return [example.without_term() for example in examples]
+
+    def finish(self, batch, term, step, total_items):
+        """The Batch with its labels and what is drawn."""
+        # Found here: on a GPU this would wait for the device.
+        batch.labels = (batch.targets.flatten() >= 0).nonzero()[:, 0]
+        if term and self.objective is not None:
+            rng = StepRandom(self.seed, step, batch.items, total_items)
+            batch.drawn = self.objective.draw(batch, rng)
+        return batch
