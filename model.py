@@ -87,21 +87,24 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of every block for B rows of up to S tokens; `length` tokens are filled."""
+    """Keys and values of every block for B rows of S tokens; `length` tokens are filled.
+
+    Attention reads all S of them behind a mask: every new token has the same shapes.
+    """
 
     def __init__(self, model, rows, size):
         c, device = model.config, model.embed.weight.device
         shape = (c.num_layers, rows, c.num_kv_heads, size, c.head_dim)
-        self.k = torch.empty(shape, dtype=c.dtype, device=device)
-        self.v = torch.empty_like(self.k)
-        self.length = 0
+        self.k = torch.zeros(shape, dtype=c.dtype, device=device)
+        self.v = torch.zeros_like(self.k)
+        self.size, self.length = size, 0
 
     def append(self, layer, k, v):
-        """Store k, v (B, G, T, K) of a block; returns all keys and values (B, G, S, K) so far."""
+        """Store k, v (B, G, T, K) of a block; returns all keys and values (B, G, S, K)."""
         end = self.length + k.size(2)
         self.k[layer][:, :, self.length : end] = k
         self.v[layer][:, :, self.length : end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        return self.k[layer], self.v[layer]
 
 
 class Attention(nn.Module):
@@ -229,9 +232,9 @@ class GPT(nn.Module):
         past = 0 if cache is None else cache.length
         if positions is None:
             positions = torch.arange(past, past + idx.size(1), device=idx.device)[None]
-        if mask is None and past:
-            keys = torch.arange(past + idx.size(1), device=idx.device)
-            mask = (keys <= keys[past:, None])[None, None]
+        if mask is None and cache is not None:
+            keys = torch.arange(cache.size, device=idx.device)
+            mask = (keys <= keys[past : past + idx.size(1), None])[None, None]
         rope = self._rope(positions)
         v_token = None
         if self.value_embed is not None:
@@ -321,7 +324,8 @@ class GPT(nn.Module):
         finished, new = [False] * len(prompts), [[] for _ in prompts]
         for step in range(max_new_tokens):
             first = idx.size(1) - 1 if use_cache and step else 0  # the rest is in the cache
-            positions, mask = left_padded(pad, first, idx.size(1))
+            size = cache.size if use_cache else idx.size(1)
+            positions, mask = left_padded(pad, first, idx.size(1), size)
             x, _ = self._run_blocks(idx[:, first:], -1, positions, mask, cache)
             # Sampled on the CPU, so that one generator serves every device.
             token = sample(self.logits(x[:, -1]).cpu(), temperature, top_k, generator)
@@ -335,17 +339,17 @@ class GPT(nn.Module):
         return new
 
 
-def left_padded(pad, first, length):
-    """Positions (B, T) and mask (B, 1, T, S) of columns first..length of rows padded on the left.
+def left_padded(pad, first, end, S):
+    """Positions (B, T) and mask (B, 1, T, S) of columns first..end of rows padded on the left.
 
     pad (B,): how many columns of padding each row has.
     """
-    columns = torch.arange(length, device=pad.device)
-    positions = (columns[None, first:] - pad[:, None]).clamp(min=0)
-    causal = columns[None, None, :] <= columns[first:, None]
-    visible = causal & (columns >= pad[:, None])[:, None]
+    keys = torch.arange(S, device=pad.device)
+    queries = keys[first:end]
+    positions = (queries - pad[:, None]).clamp(min=0)
+    visible = (keys <= queries[:, None]) & (keys >= pad[:, None])[:, None]
     # Padding sees itself, or its softmax would be 0/0.
-    visible |= columns[None, None, :] == columns[first:, None]
+    visible |= keys == queries[:, None]
     return positions, visible[:, None]
 
 

@@ -92,7 +92,8 @@ class Config:
     # masked.
     mask_documents: bool = False
     # Micro-batches a step and rank: less memory, the same step; 0: the fewest that keep one within
-    # 65,536 tokens. Of pairs: counted without what the term encodes; 0: at least 8.
+    # 65,536 tokens, or within 60% of a GPU's memory. Of pairs: counted without what the term
+    # encodes; 0: at least 8.
     grad_accum_steps: Natural = 0
 
     # ---- model

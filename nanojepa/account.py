@@ -169,10 +169,11 @@ def account_gpt(make_model, rows, length, gpu, ranks=1, micro_batches=1, on_cpu=
     sizes = [p.numel() for p in model.parameters()]
     matrices = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     total = sum(sizes)
-    rest, shared = total - matrices, 2 * (ranks - 1) / ranks
-    # Muon reads the gradient and the momentum and writes both and the weights, and its iteration
-    # passes over the update about six times in bfloat16; Adam reads four arrays and writes three.
-    update = matrices * (6 * 4 + 6 * 4 / ranks) + rest * 7 * 4
+    rest, apart = total - matrices, (ranks - 1) / ranks
+    # Muon copies gradients into stacks and adds bfloat16 updates. Of its part, it reads and writes
+    # gradient and momentum twice, and its iteration passes over the update about six times. Adam
+    # reads four arrays and writes three.
+    update = matrices * (8 + 10 + (32 + 6 * 4) / ranks) + rest * 7 * 4
     visible = length * (length + 1) // 2 * rows
     return Account(
         parameters=total,
@@ -189,10 +190,19 @@ def account_gpt(make_model, rows, length, gpu, ranks=1, micro_batches=1, on_cpu=
         seconds={
             "forward": micro_batches * forward.seconds,
             "backward": micro_batches * backward.seconds,
-            "gradients over ranks": shared * 4 * total / gpu.link,
-            "optimizer": update / gpu.bandwidth + shared * 2 * matrices / gpu.link,
+            # Muon's are scattered, the rest is summed on every rank.
+            "gradients over ranks": apart * (4 * matrices + 8 * rest) / gpu.link,
+            "optimizer": update / gpu.bandwidth
+            + muon_flops(model) / ranks / gpu.flops
+            + apart * 2 * matrices / gpu.link,
         },
     )
+
+
+def muon_flops(model):
+    """FLOPs of Muon's iteration over all matrices of the blocks."""
+    sizes = [sorted(p.shape) for p in model.blocks.parameters() if p.ndim == 2]
+    return sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sizes)
 
 
 def table(account, gpu):

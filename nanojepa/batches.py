@@ -108,7 +108,7 @@ def divide_batch(cfg, rank, world_size, device, least=1):
     local = rows // world_size
     accum = cfg.grad_accum_steps
     if not accum:
-        fewest = max(least, math.ceil(local * T / 65_536))
+        fewest = max(least, math.ceil(local * T / most_tokens(cfg, device)))
         even = [n for n in range(1, local + 1) if local % n == 0]
         accum = next((n for n in even if n >= fewest), max(even, default=1))
     if cfg.train_batch_tokens % (world_size * accum * T):
@@ -117,6 +117,24 @@ def divide_batch(cfg, rank, world_size, device, least=1):
             f"GRAD_ACCUM_STEPS x TRAIN_SEQ_LEN = {world_size} x {accum} x {T}"
         )
     return Share(rank, world_size, device, rows, local // accum)
+
+
+def most_tokens(cfg, device):
+    """Tokens of a micro-batch: on a GPU, those whose activations take 60% of its memory."""
+    if device.type != "cuda":
+        return 65_536
+    return 0.6 * torch.cuda.get_device_properties(device).total_memory / kept_bytes(cfg)
+
+
+def kept_bytes(cfg):
+    """Bytes a token that a compiled step in bfloat16 keeps for its backward pass.
+
+    In each block: the stream before and between its halves, both norms, the attention's output,
+    queries, keys and values, the first two rotated too, and the MLP's state before and after its
+    activation.
+    """
+    D, kv = cfg.model_dim, cfg.model_dim * cfg.num_kv_heads // cfg.num_heads
+    return 2 * cfg.num_layers * ((5 + 2 + 2 * cfg.mlp_mult) * D + 3 * kv)
 
 
 class StepData(NamedTuple):

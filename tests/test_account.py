@@ -2,6 +2,7 @@
 
 import re
 import sys
+import types
 from functools import partial
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 
 import bench
 import hf
+import train_gpt
 from conftest import CPU
 from model import GPT, GPTConfig
 from nanojepa.account import GPUS, account_gpt
+from nanojepa.batches import divide_batch, kept_bytes
 from nanojepa.hf.account import account_finetune
 from nanojepa.hf.run import make_trainer
 from nanojepa.hf.settings import ALIASES, Config
@@ -63,8 +66,9 @@ def test_what_can_be_counted_by_hand():
     assert account.memory["weights"] == 4 * parameters
     assert account.memory["optimizer"] == 4 * matrices + 8 * (parameters - matrices)
     assert account.memory["gradients of earlier micro-batches"] == 4 * parameters
-    # Of n ranks, a reduction sends 2 (n - 1) / n of the bytes.
-    assert account.seconds["gradients over ranks"] == 1.5 * 4 * parameters / H100.link
+    # Of n ranks, a reduction sends 2 (n - 1) / n of the bytes, and one to parts half of that.
+    sent = 1.5 * 4 * (parameters - matrices) + 0.75 * 4 * matrices
+    assert account.seconds["gradients over ranks"] == sent / H100.link
     one = account_gpt(maker(), 2, 64, H100)
     assert one.seconds["gradients over ranks"] == 0 and one.mfu(H100) < 1
     twice = account_gpt(maker(), 4, 64, H100)
@@ -77,6 +81,22 @@ def test_no_time_is_below_that_of_the_products():
     account = account_gpt(maker(), 8, 128, H100)
     seconds = account.seconds["forward"] + account.seconds["backward"]
     assert seconds > account.flops / H100.flops
+
+
+def test_a_micro_batch_is_chosen_by_what_a_token_keeps(monkeypatch):
+    """kept_bytes is the account's within 15%, and a GPU gets what fits in 60% of its memory."""
+    for changes in ({}, {"num_kv_heads": 1, "mlp_mult": 3}, {"num_layers": 6, "model_dim": 256}):
+        shape = {**SHAPE, **changes}
+        cfg = train_gpt.Config(**{k: v for k, v in shape.items() if k != "vocab_size"})
+        make = maker(**changes, value_embed=False, dtype=torch.bfloat16)
+        less, more = (account_gpt(make, rows, 64, H100).memory["activations"] for rows in (8, 16))
+        kept = (more - less) / (8 * 64)
+        assert kept_bytes(cfg) == pytest.approx(kept, rel=0.15)
+    cfg = train_gpt.Config(train_batch_tokens=2**19, train_seq_len=1024)
+    card = types.SimpleNamespace(total_memory=40_000 * kept_bytes(cfg) / 0.6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    share = divide_batch(cfg, 0, 8, torch.device("cuda", 0))
+    assert share.micro_rows == 32  # of 64 rows a rank, those of 40,000 tokens that come out even
 
 
 # ---- fine-tuning

@@ -900,6 +900,21 @@ def test_dropped_steps_cost_a_plain_step_and_are_no_zero_in_the_log(models, ques
     assert all(torch.equal(whole[name], always[name]) for name in whole)
 
 
+@pytest.mark.parametrize("flags", ["--predictors 1", "--span", "--step_jepa --jepa_mse", "--lora"])
+def test_a_pass_never_waits_for_the_device(models, questions, tmp_path, monkeypatch, flags):
+    """Tensors of the meta device hold no numbers: whatever reads one fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
+    loader = iter(trainer.get_train_dataloader())
+    (*_, batches), counts = trainer.get_batch_samples(loader, 2, trainer.args.device)
+    trainer.model.to("meta")
+    trainer.losses = trainer.losses.to("meta")
+    loss = trainer.compute_loss(trainer.model, batches[0].to(torch.device("meta")), False, counts)
+    loss.backward()
+    assert loss.is_meta
+
+
 def test_nothing_calls_cuda_on_a_cpu(models, questions, tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("a machine without CUDA")

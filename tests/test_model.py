@@ -139,7 +139,7 @@ def test_masked_row_with_own_positions_equals_each_document_alone():
 @settings(max_examples=20, deadline=None)
 def test_cache_fed_in_pieces_equals_one_pass(pieces):
     model, idx = small_gpt(), random_tokens(2, sum(pieces))
-    cache = KVCache(model, 2, idx.size(1))
+    cache = KVCache(model, 2, idx.size(1) + 3)
     parts = [model._run_blocks(part, 1, cache=cache) for part in idx.split(pieces, dim=1)]
     for whole, out in zip(model._run_blocks(idx, 1), zip(*parts, strict=True), strict=True):
         torch.testing.assert_close(torch.cat(out, 1), whole, **TOLERANCE)

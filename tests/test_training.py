@@ -1,5 +1,6 @@
 """The training step really used: its graphs, its sums, its schedule, its optimizers."""
 
+import contextlib
 import math
 import re
 import subprocess
@@ -276,6 +277,32 @@ def test_two_compiled_runs_on_two_threads_are_identical(data_path, run_id):
         assert done.returncode == 0, done.stderr[-2000:]
         weights.append((ROOT / "logs" / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "kind, term, settings",
+    [
+        ("text", False, {}),
+        ("text", False, {"optimizer": "adamw", "mask_documents": True}),
+        ("text", True, {"jepa_spans": 3}),
+        ("pairs", True, {"jepa_objective": "pair", "jepa_predictor": "linear"}),
+        ("groups", True, {"jepa_objective": "pair", "jepa_distance": "infonce"}),
+    ],
+)
+def test_a_step_never_waits_for_the_device(data_path, folders, monkeypatch, kind, term, settings):
+    """Tensors of the meta device hold no numbers: whatever reads one fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    settings |= {"grad_accum_steps": 2, "jepa_lambda": 0.1 * term}
+    run = make_run(folders.get(kind, data_path), **settings)
+    run.share.device = torch.device("meta")
+    run = train_gpt.build_run(run.cfg, run.data, run.share)
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
+        group["fused"] = False  # there is no such kernel for the meta device
+    result = train_gpt.training_step(run, 0, 0.0, 0.1 if term else None)
+    assert result.ce.is_meta and result.grad_norm.is_meta
+    assert result.term.is_meta if term else result.term is None
+    with pytest.raises(RuntimeError):
+        result.ce.item()
 
 
 def test_a_cpu_run_calls_nothing_of_cuda(data_path, monkeypatch):

@@ -78,8 +78,8 @@ class Work(TorchDispatchMode):
 class Pass(NamedTuple):
     """A forward and backward pass of one micro-batch, on a card that has all weights.
 
-    parameters, trained: their numbers. block: parameters of the largest block. costs: FLOPs, without
-    what is computed again. kept: bytes at the peak, without weights and gradients.
+    parameters, trained: their numbers. block: parameters of the largest block. costs: FLOPs,
+    without what is computed again. kept: bytes at the peak, without weights and gradients.
     """
 
     parameters: int

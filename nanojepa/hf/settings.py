@@ -133,7 +133,7 @@ class Training:
     eval_steps: Positive = 10  # steps between evaluations
     save_steps: Natural = 0  # steps between checkpoints; 0: every epoch
     save_total_limit: Positive = 2  # checkpoints that are kept
-    logging_steps: Positive = 1  # steps between log lines
+    logging_steps: Positive = 1  # steps between log lines, each of which waits for the device
     # ---- JEPA
     lbd: NonNegative = 0.1  # weight of the term
     gamma: NonNegative = 1.0  # weight of the cross entropy

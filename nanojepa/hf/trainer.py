@@ -91,9 +91,16 @@ class JepaTrainer(Trainer):
 
     # ---- batches
 
+    def of_all_processes(self, numbers):
+        """Each process's list of numbers, (processes, numbers) on the host."""
+        numbers = torch.tensor([numbers])
+        if self.args.world_size == 1:
+            return numbers
+        return self.accelerator.gather(numbers.to(self.args.device)).cpu()
+
     def largest(self, number):
         """The largest of the processes' numbers."""
-        return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
+        return int(self.of_all_processes([number]).max())
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The Batches of a step, and its Counts.
@@ -107,8 +114,8 @@ class JepaTrainer(Trainer):
         chunks = list(itertools.islice(epoch_iterator, num_batches))
         # The pairs of a step are numbered as one process would meet them, so that what is drawn
         # for a pair doesn't depend on the number of processes.
-        own = torch.tensor([[count_pairs(chunk) for chunk in chunks]], device=device)
-        counts = self.accelerator.gather(own).T  # (chunks, processes)
+        # (chunks, processes)
+        counts = self.of_all_processes([count_pairs(chunk) for chunk in chunks]).T
         ends = counts.flatten().cumsum(0).view(counts.shape)
         first = (ends - counts)[:, self.args.process_index].tolist()
         total = max(1, int(counts.sum()))
