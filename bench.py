@@ -3,6 +3,7 @@
     python bench.py [--rounds 20] [flags of train_gpt.py, e.g. --config configs/fineweb_124m.yaml]
     python bench.py [--rounds 20] --finetune [flags of finetune.py]
     python bench.py --account h100 [--ranks 8] [--finetune] [flags]
+    python bench.py gpu                                    all of it on this GPU, in ten minutes
 
 A ratio is the median over the rounds of two variants' times in one round, so a machine that
 becomes slower or faster hits both alike.
@@ -22,8 +23,10 @@ all layers and logits everywhere, as fine-tuning scripts have them: each documen
 a row of its own.
 """
 
+import functools
 import os
 import statistics
+import sys
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -35,8 +38,9 @@ import train_gpt
 from model import GPT
 from nanojepa.account import GB, GPUS, account_gpt, table
 from nanojepa.batches import divide_batch, draw_step, open_data
+from nanojepa.cards import bench_gpu
 from nanojepa.device import Clock, start_process
-from nanojepa.files import one_line_errors, progress, script_parser
+from nanojepa.files import one_line, one_line_errors, progress, script_parser
 from nanojepa.objectives import OBJECTIVES, StepRandom
 from nanojepa.packing import Document, pack_rows
 from nanojepa.settings import load_settings
@@ -54,20 +58,41 @@ class Cost(NamedTuple):
 def measure(steps, rounds, device, persistent):
     """The Cost of each of these steps, {name: step}; step(n) computes the n-th one.
 
-    persistent: see peak_memory.
+    persistent: see peak_memory. A step that doesn't fit the GPU is left out, and so is one that the
+    compiler can't make.
     """
-    for step in progress(steps.values(), "compiling and warming up"):
-        step(0)
-        step(1)
+    for name, step in progress(list(steps.items()), "compiling and warming up"):
+        try:
+            step(0)
+            step(1)
+        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as e:
+            print(f"{name}: left out: {one_line(e)}")
+            del steps[name]
+    graphs = count_graphs()
     seconds = {name: [] for name in steps}
     for n in progress(range(rounds), "rounds"):
         # In every second round the order is reversed: no variant always follows another.
         for name in list(steps)[:: -1 if n % 2 else 1]:
             seconds[name].append(timed(partial(steps[name], n), device))
+    print(f"graphs compiled: {graphs} in the warm-up, {count_graphs() - graphs} after it")
     return {
         name: Cost(seconds[name], peak_memory(partial(step, 0), device, persistent))
         for name, step in steps.items()
     }
+
+
+def count_graphs():
+    """How many graphs this process has compiled."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def print_kernels(step):
+    """Print the ten kernels of a step that take a GPU the most time."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step(0)
+        torch.cuda.synchronize()
+    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=10))
 
 
 def print_table(costs, unit, units, shares=None):
@@ -178,6 +203,8 @@ def bench_pretraining(argv, rounds):
     peak = matmul_peak(dtype, device)
     costs = measure(steps, rounds, device, persistent)
     peak = max(peak, matmul_peak(dtype, device))
+    if device.type == "cuda":
+        print_kernels(steps["off"])
     print(f"matmul peak: {peak / 1e12:.3g} TFLOP/s in {dtype}")
     shares = {name: flops[name] / statistics.median(costs[name].seconds) / peak for name in costs}
     print_table(costs, "tokens", cfg.train_batch_tokens, shares)
@@ -194,6 +221,11 @@ def variants(run):
     runs["off again"] = off
     if run.cfg.compile:
         runs["eager"] = replace(off, compile=train_gpt.eager)
+    if run.cfg.compile and run.share.device.type == "cuda":
+        # What torch.compile offers beyond its default: is it worth a setting?
+        for mode in ("reduce-overhead", "max-autotune-no-cudagraphs"):
+            compile = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
+            runs[mode] = replace(off, compile=functools.cache(compile))
     return {name: replace(each, optimizers=optimizers) for name, each in runs.items()}
 
 
@@ -300,7 +332,9 @@ def finetune_step(trainer, chunks, compute, n):
 
 def packed_sums(trainer, examples, term):
     """(sum of CE, sum of the term, 0 without) of examples, as the trainer computes them."""
-    return trainer.sums(trainer.model, trainer.packer.pack(examples, term).to(trainer.args.device))
+    batches = trainer.packer.split([examples], [0], term, 0, len(examples))
+    sums = [trainer.sums(trainer.model, batch.to(trainer.args.device)) for batch in batches]
+    return tuple(map(sum, zip(*sums, strict=True)))
 
 
 def padded_sums(trainer, examples, length=0):
@@ -352,15 +386,22 @@ def encoded_up_to(document, at):
     return document.trunk[: at + 1]
 
 
-@one_line_errors()
-def main():
+def make_parser():
     parser = script_parser(__doc__)
     rounds = "steps of each variant (default: 20)"
     parser.add_argument("--rounds", type=int, default=20, help=rounds)
     parser.add_argument("--finetune", action="store_true", help="other flags are finetune.py's")
     parser.add_argument("--account", choices=GPUS, help="reckon a step on this card; time nothing")
     parser.add_argument("--ranks", type=int, default=1, help="cards of the account (default: 1)")
-    own, flags = parser.parse_known_args()
+    return parser
+
+
+@one_line_errors()
+def main():
+    if sys.argv[1:2] == ["gpu"]:
+        bench_gpu(sys.argv[2:])
+        return
+    own, flags = make_parser().parse_known_args()
     if own.account:
         account = account_finetuning if own.finetune else account_pretraining
         found = account(flags, GPUS[own.account], own.ranks)

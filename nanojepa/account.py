@@ -86,7 +86,9 @@ def capture(function, *arguments):
     def backend(module, inputs):
         return compile_fx(module, inputs, inner_compile=keep)
 
-    torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*arguments).backward()
+    with torch._dynamo.config.patch(recompile_limit=100):  # as many accounts in one process
+        compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+        compiled(*arguments).backward()
     return graphs
 
 

@@ -1,16 +1,21 @@
 """bench.py times one step in all its layouts, and counts memory, FLOPs and the peak rightly."""
 
+import shlex
 import sys
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import bench
 import hf
+import train_gpt
 from conftest import CPU, TINY
 from model import GPT, GPTConfig
+from nanojepa import cards
+from nanojepa.corpora import prepare_nlregex
 from nanojepa.hf.run import make_trainer
 from nanojepa.hf.settings import ALIASES, Config
 from nanojepa.objectives import OBJECTIVES
@@ -123,3 +128,53 @@ def test_bench_of_fine_tuning_has_packed_and_padded_lines(finetuning, monkeypatc
 def test_bench_compares_compiled_and_eager(data_path, monkeypatch, capsys):
     lines = run_bench(monkeypatch, capsys, *flags_of(data_path, compile=1))
     assert names_of(lines)[-1] == "eager"
+
+
+# ---- bench.py gpu
+
+
+def test_bench_gpu_needs_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "gpu"])
+    with pytest.raises(SystemExit, match="error: gpu: there is no CUDA device here"):
+        bench.main()
+
+
+def test_a_part_that_fails_or_hangs_costs_itself(tmp_path, capsys):
+    parts = [
+        cards.Part("fine", "-c \"print('a'); print('result: {card}')\"", 60),
+        cards.Part("wrong", "-c 'raise SystemExit(\"error: no room\")'", 60),
+        cards.Part("slow", "-c 'import time; print(1, flush=True); time.sleep(99)'", 2),
+        cards.Part("fine again", "-c 'print(2)'", 60),
+    ]
+    rows = cards.run_parts(parts, tmp_path, seconds=100)
+    assert [(row["exit"], row["result"]) for row in rows] == [
+        (0, "result: h100"),
+        (1, "error: no room"),
+        ("stopped", "stopped after 2 s"),
+        (0, "2"),
+    ]
+    assert (tmp_path / "fine.txt").read_text() == "a\nresult: h100\n"
+    assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| fine again | 0 | 2 |"
+    assert cards.run_parts(parts[:1], tmp_path, seconds=5) == []
+    assert "no time is left for: fine" in capsys.readouterr().out
+
+
+def test_the_parts_have_flags_that_their_scripts_take(tmp_path, monkeypatch):
+    """Their models have the sizes that they are named after."""
+    monkeypatch.setattr(cards, "EMBEDDED", {cards.PAIRS_FOLDER: prepare_nlregex})
+    monkeypatch.setattr(cards, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    cards.make_models(tmp_path)
+    for part in cards.PARTS[1:]:
+        flags = shlex.split(part.command.format(folder=tmp_path, card="h100"))[1:]
+        own, flags = bench.make_parser().parse_known_args(flags)
+        if own.finetune:
+            cfg = load_settings(Config, flags, aliases=ALIASES).config
+            config = AutoConfig.from_pretrained(cfg.model.name)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+            billions = sum(p.numel() for p in model.parameters()) / 1e9
+            assert round(billions) == int(cfg.model.name[-2])
+        else:
+            load_settings(train_gpt.Config, flags, {})

@@ -915,6 +915,25 @@ def test_a_pass_never_waits_for_the_device(models, questions, tmp_path, monkeypa
     assert loss.is_meta
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_a_pass_on_a_gpu_equals_the_cpu_s(models, questions, tmp_path, attention):
+    results = []
+    for kind, name in (("sdpa", "cpu"), (attention, "cuda")):
+        device = torch.device(name)
+        flags = f"--predictors 1 --attn_implementation {kind}"
+        trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
+        trainer.model.to(device)
+        sums = trainer.sums(trainer.model, trainer.packer.pack(trainer.train_dataset).to(device))
+        sum(sums).backward()
+        gradients = {n: p.grad.cpu() for n, p in trainer.model.named_parameters()}
+        results.append((torch.stack(sums).cpu(), gradients))
+    (x, expected), (y, found) = results
+    torch.testing.assert_close(y, x, rtol=1e-3, atol=1e-4)  # Triton's products may be TF32
+    close(found, expected, rtol=2e-2, atol=2e-3)
+
+
 def test_nothing_calls_cuda_on_a_cpu(models, questions, tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("a machine without CUDA")

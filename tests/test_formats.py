@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import hf
 import train_gpt
-from conftest import make_config, train_in_process
+from conftest import CPU, make_config, train_in_process
 from data import prepare_pairs, prepare_steps, prepare_text
 from nanojepa.batches import TokenData
 from nanojepa.eval.tasks import read_questions
@@ -456,7 +456,7 @@ def test_the_bytes_of_others_shards_are_those_of_the_text(kind, tmp_path):
     assert data.doc_token == vocabulary.marker and "its own" in data.warnings[-1]
     idx, targets = np.array(tokens[:-1])[None], np.array(tokens[1:])[None]
     assert data.text_bytes(idx, targets) == sum(len(text.encode()) for text in said)
-    share = train_gpt.divide_batch(data.cfg, 0, 1, "cpu")
+    share = train_gpt.divide_batch(data.cfg, 0, 1, CPU)
     batches = [batch for _, batch in data.val_batches(share)]
     counted = sum(data.text_bytes(b.idx.numpy(), b.targets.numpy()) for b in batches)
     assert counted == sum(len(text.encode()) for text in said)

@@ -13,6 +13,7 @@ from transformers.utils import chat_template_utils
 import families
 import hf
 import train_gpt
+from conftest import CPU
 from nanojepa.hf import run, settings
 from nanojepa.hf.chat import DATE, Clock
 from nanojepa.packing import Document, Example, pack_rows
@@ -208,7 +209,7 @@ def test_rows_of_text_are_those_of_the_first_step(data_path, capsys):
     rows, counts = show_step(capsys, *flags, "--show", 3, "--jepa_lambda", 1)
     cfg = load_settings(train_gpt.Config, [*map(str, flags)]).config
     data = train_gpt.open_data(cfg)
-    share = train_gpt.divide_batch(cfg, 0, 1, "cpu")
+    share = train_gpt.divide_batch(cfg, 0, 1, CPU)
     (batch,) = data.load(0, share).batches
     assert [row["ids"][:-1] for row in rows] == batch.idx[:3].tolist()
     assert [row["ids"][1:] for row in rows] == batch.targets[:3].tolist()

@@ -152,7 +152,7 @@ def load_model(cfg, base, objective, say=print):
     chosen = m.attn_implementation in ("sdpa", "eager")
     options = {
         # Frozen weights need no more precision than the computation.
-        "dtype": DTYPES[t.dtype] if m.use_lora and not m.pretrain else getattr(torch, t.weights),
+        "dtype": DTYPES[t.dtype] if m.use_lora else getattr(torch, t.weights),
         "attn_implementation": m.attn_implementation if chosen else dense,
     }
     with loading(f"model.name={m.name}"):

@@ -163,6 +163,10 @@ class JepaTrainer(Trainer):
 
     # ---- evaluation and the log
 
+    def _evaluate(self, *arguments):
+        """As the Trainer's, but the last evaluation is left until the weights are on the disk."""
+        return {} if self.control.should_training_stop else super()._evaluate(*arguments)
+
     def eval_batches(self, examples):
         """All Batches of these examples, the same on every process."""
         keeps = self.packer.keeps_chunks
