@@ -190,7 +190,7 @@ def bench_pretraining(argv, rounds):
     if cfg.compile:
         # Every objective is one more graph of the same function.
         torch._dynamo.config.recompile_limit = 100
-        run.compile = train_gpt.compiled
+        train_gpt.compile_run(run)
     for line in [*warnings, *train_gpt.describe(run)]:
         print(line)
     print_machine(device)
@@ -220,7 +220,7 @@ def variants(run):
     optimizers = train_gpt.build_optimizers(run.model, everything, run.cfg)
     runs["off again"] = off
     if run.cfg.compile:
-        runs["eager"] = replace(off, compile=train_gpt.eager)
+        runs["eager"] = replace(off, is_compiled=False)
     if run.cfg.compile and run.share.device.type == "cuda":
         # What torch.compile offers beyond its default: is it worth a setting?
         for mode in ("reduce-overhead", "max-autotune-no-cudagraphs"):
@@ -249,7 +249,8 @@ def objectives_of(run):
 
 def train_step(run, n):
     jepa_lambda = None if run.objective is None else run.cfg.jepa_lambda
-    return train_gpt.training_step(run, n, 0.0, jepa_lambda)
+    with torch.compiler.set_stance("default" if run.is_compiled else "force_eager"):
+        return train_gpt.training_step(run, n, 0.0, jepa_lambda)
 
 
 # ------------------------------------------------------------------------------------ account

@@ -236,6 +236,28 @@ def test_two_ranks_refuse_an_uneven_batch_once(data_path, run_id):
 
 
 @pytest.mark.slow
+def test_the_preset_for_gpus_trains_scaled_down_on_two_ranks(data_path, run_id):
+    """Its tied head of 50,304 rows and its validations, with less width and length."""
+    preset = f"--config={ROOT}/configs/fineweb_124m.yaml"
+    small = {"model_dim": 48, "num_layers": 2, "train_seq_len": 64, "train_batch_tokens": 1024}
+    small |= {"iterations": 4, "val_loss_every": 2, "val_tokens": 0, "grad_accum_steps": 2}
+    given = {**load_settings(train_gpt.Config, [preset]).config.__dict__, **small}
+    flags = [f"--{name}={value}" for name, value in given.items() if name in TINY or name in small]
+    curves = []
+    for ranks in (0, 2):
+        own = f"--run_id={run_id}-{ranks}"
+        more = ["--jepa_lambda=0.1", "--dtype=float32", "--compile=0", "--train_log_every=1"]
+        done = run_cli(
+            data_path, preset, *flags, *more, f"--data_path={data_path}", own, ranks=ranks
+        )
+        assert done.returncode == 0, done.stderr
+        assert result_of(f"{run_id}-{ranks}")["parameters"] > 50_304 * 48
+        rows = metrics_of(f"{run_id}-{ranks}")
+        curves.append([row["train_loss"] for row in rows if "train_loss" in row])
+    assert len(curves[0]) == 4 and curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_without_a_compiler_the_run_goes_on_uncompiled(data_path, run_id, tmp_path):
     cache = str(tmp_path / "cache")
     environ = {"CXX": "/no/compiler", "PATH": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": cache}

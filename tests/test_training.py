@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
+from bench import count_graphs
 from conftest import (
     CPU,
     ROOT,
     TINY,
+    MemoryLog,
     keep_gradients,
     make_config,
     make_run,
@@ -94,6 +96,28 @@ def test_with_the_term_there_is_exactly_one_more_graph_however_spans_and_weight_
         train_gpt.warm_up(run)
         train_run(run)
         assert len(recorder.graphs) == graphs
+
+
+@pytest.mark.slow
+def test_blocks_compiled_on_their_own_give_the_same_step_and_the_term_adds_no_graph(data_path):
+    """So the graphs of a run without the term and of one with it are the same."""
+    results, graphs = [], []
+    for scope in (None, "blocks"):
+        run = shake(make_run(data_path, jepa_lambda=0.1, compile_scope=scope or "auto"))
+        if scope:
+            torch._dynamo.reset()
+            train_gpt.compile_run(run)
+        for weight in (None, 0.1):
+            before = count_graphs()
+            result = train_gpt.training_step(run, 0, 0.0, weight)
+            graphs.append(count_graphs() - before)
+            results.append([result.ce, result.grad_norm])
+        nats = train_gpt.evaluate(run, MemoryLog()).val_loss
+        results.append([torch.tensor(nats)])
+        run.model.generate([[1, 2]], 3)
+    for found, expected in zip(results[3:], results[:3], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert graphs == [0, 0, 2, 0]  # of a block and of the head
 
 
 def test_needed_graphs():
