@@ -381,3 +381,7 @@ class LanguageModel(NamedTuple):
     def logits(self, states):
         """Next-token logits (..., V) of states after the last block."""
         return self.model.logits(states)
+
+    def cross_entropy(self, states, targets):
+        """The summed cross entropy of their logits on targets (B, T), -1 for none."""
+        return self.model.cross_entropy(states, targets)

@@ -4,6 +4,7 @@ The reference is written from the formulas, and from chat templates that are spe
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -297,12 +298,33 @@ def test_span_step_equals_whole_conversation_unpacked(models, questions, tmp_pat
     assert_same(trainer, "llama", spans)
 
 
+def test_mtp_scores_the_labels_that_follow_the_next(models, questions, tmp_path):
+    """Each conversation alone, token by token: CE(t+2) + CE(t+3) / 2 over trained tokens."""
+    trainer = make_trainer(models["llama"], questions, tmp_path / "out", "--objective mtp")
+    trainer.model.eval()
+    total, count = 0.0, 0
+    for example in trainer.train_dataset:
+        (document,) = example.documents
+        tokens = torch.tensor(document.trunk)
+        log_p = trainer.model(input_ids=tokens[None]).logits[0].log_softmax(-1)
+        for target in document.loss_on:
+            if target >= 2:
+                total, count = total - log_p[target - 2, tokens[target]], count + 1
+            if target >= 3:
+                total = total - log_p[target - 3, tokens[target]] / 2
+    batch = trainer.packer.pack(trainer.train_dataset)
+    term = trainer.sums(trainer.model, batch).term
+    assert batch.drawn["weight"].sum() == count > 50
+    assert (term / count).item() == pytest.approx((total / count).item(), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         "--predictors 1",
         "--step_jepa",
         "--span",
+        "--objective mtp",
         "--regular",
         "--predictors 2 --front_pred --linear_predictor",
     ],
@@ -357,19 +379,37 @@ def test_the_tokens_of_a_pass_change_no_number(models, questions, tmp_path):
         close(gradients, steps[0][0])
 
 
-def test_bfloat16_weights_need_bfloat16_products(models, questions, tmp_path):
-    flags = "--weights bfloat16 --optimizer adamw_torch_8bit --dtype bf16"
-    trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
-    assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
-    assert trainer.args.optim == "adamw_torch_8bit"
+BFLOAT16 = "--weights bfloat16 --optimizer adamw_torch_8bit --dtype bf16"
+
+
+def test_bfloat16_weights_have_the_gradients_of_float32_ones_but_for_rounding(
+    models, questions, tmp_path
+):
+    results = []
+    for flags in ("", BFLOAT16):
+        trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
+        sums = trainer.sums(trainer.model, trainer.packer.pack(trainer.train_dataset))
+        sum(sums).backward()
+        gradients = {n: p.grad.flatten() for n, p in trainer.model.named_parameters()}
+        results.append((torch.stack(sums), gradients))
+    (x, exact), (y, rounded) = results
+    torch.testing.assert_close(y, x, rtol=0.02, atol=0)  # bfloat16 has three digits
+    for name, gradient in exact.items():
+        assert rounded[name].dtype == torch.bfloat16
+        assert F.cosine_similarity(rounded[name].float(), gradient, dim=0) > 0.95
     assert trainer.args.optim_args == "bf16_stochastic_round=True"
-    gradients, line = one_step(trainer)
-    exact, same = one_step(make_trainer(models["llama"], questions, tmp_path / "out"))
-    assert line["loss"] == pytest.approx(same["loss"], rel=0.02)  # bfloat16 has three digits
-    assert all(
-        F.cosine_similarity(gradients[n].float().flatten(), exact[n].flatten(), dim=0) > 0.95
-        for n in exact
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("torchao"), reason="needs torchao")
+def test_bfloat16_weights_are_trained_and_saved(models, questions, tmp_path):
+    flags = f"{BFLOAT16} --learning_rate 1e-3"
+    first, last = (
+        train(models["llama"], questions, tmp_path / name, f"{flags} --num_epochs {epochs}")
+        for name, epochs in (("a", 1), ("b", 8))
     )
+    assert last["ce_loss"] < first["ce_loss"]
+    saved = load_file(tmp_path / "b" / "model.safetensors")
+    assert {w.dtype for w in saved.values()} == {torch.bfloat16}
 
 
 def test_few_shapes(models, tmp_path):

@@ -398,7 +398,7 @@ def test_normed_states_are_compared_if_asked_for():
         torch.testing.assert_close(objective.gather(h, places), expected, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", ["span", "pair", "step"])
 def test_a_linear_predictor_begins_as_the_identity_and_maps_view_a(name):
     h, zeros = torch.randn(1, 12, 8), torch.zeros(1, 12, dtype=torch.int64)
     batch = Batch(

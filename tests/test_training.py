@@ -1,6 +1,7 @@
 """The training step really used: its graphs, its sums, its schedule, its optimizers."""
 
 import contextlib
+import itertools
 import math
 import re
 import subprocess
@@ -424,6 +425,41 @@ def test_the_toy_s_term_is_its_definition(toys, data_path, folders, kind):
     found = train_gpt.training_step(run, 1, 0.0, 0.5).term.item()
     # float32 sums in another order
     assert found == pytest.approx(torch.stack(distances).mean().item(), rel=1e-4)
+
+
+def mtp_by_hand(model, documents):
+    """The mean over tokens of CE(t+2) + CE(t+3) / 2, each document on its own, token by token."""
+    total, count = 0.0, 0
+    for tokens in documents:
+        x, _ = model._run_blocks(torch.tensor([tokens]), -1)
+        log_p = model.logits(x[0]).log_softmax(-1)
+        for t in range(len(tokens)):
+            if t + 2 < len(tokens):
+                total, count = total - log_p[t, tokens[t + 2]], count + 1
+            if t + 3 < len(tokens):
+                total = total - log_p[t, tokens[t + 3]] / 2
+    return (total / count).item()
+
+
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+@pytest.mark.parametrize("accum", [1, 2])
+def test_mtp_is_its_definition(data_path, folders, kind, accum):
+    path = data_path if kind == "text" else folders["pairs"]
+    settings = dict(jepa_objective="mtp", jepa_lambda=0.5, mask_documents=True)
+    run = make_run(path, **settings, grad_accum_steps=accum)
+    run, data, documents = keep_gradients(shake(run)), run.data, []
+    if kind == "text":
+        idx, targets = data.rows(1, run.share.rows, 0, run.share.rows)
+        for row, last in zip(idx.tolist(), targets[:, -1].tolist(), strict=True):
+            starts = [n for n, token in enumerate(row) if token == data.doc_token]
+            bounds = itertools.pairwise(sorted({0, *starts, len(row)}))
+            # The marker of the next document is a fragment's last target.
+            documents += [[*row, last][a : b + 1] for a, b in bounds]
+    else:
+        views = [data.sets["train"].views(e) for e in data.examples_of(1)]
+        documents = [d.trunk for v in views for d in data.layout(v, None).documents]
+    found = train_gpt.training_step(run, 1, 0.0, 0.5).term.item()
+    assert found == pytest.approx(mtp_by_hand(run.model, documents), rel=1e-4)
 
 
 TOY_LAUNCHER = """

@@ -254,7 +254,7 @@ class BodyOutput:
 
 
 class CausalLM:
-    """A Hugging Face model as an objective sees it; our GPT has the same three methods.
+    """A Hugging Face model as an objective sees it; our GPT has the same four methods.
 
     The states are those that the head gets: after the last norm, as hidden_states[-1].
     """
@@ -304,6 +304,11 @@ class CausalLM:
         with mock.patch.object(self.body, "forward", lambda *_, **__: output):
             return self.forward().logits.view(*states.shape[:-1], -1)
 
+    def cross_entropy(self, states, targets):
+        """The summed cross entropy of states (R, T, D) on targets (R, T), -1 for none."""
+        everywhere = torch.arange(targets.numel(), device=targets.device)
+        return sum_cross_entropy(self, states.flatten(0, 1), targets.flatten(), everywhere)
+
 
 def sum_cross_entropy(lm, states, targets, labels):
     """The cross entropy in nats over the places in labels, where alone the head is applied.
@@ -314,7 +319,7 @@ def sum_cross_entropy(lm, states, targets, labels):
 
     def loss(part):
         logits = lm.logits(states[part])
-        return F.cross_entropy(logits.float(), targets[part], reduction="sum")
+        return F.cross_entropy(logits.float(), targets[part], reduction="sum", ignore_index=-1)
 
     if len(labels) <= LABELS_AT_ONCE:
         return loss(labels)

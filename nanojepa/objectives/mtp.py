@@ -1,0 +1,35 @@
+"""The mtp objective: the same logits are scored on the tokens after the next one too.
+
+    term = mean over t of  CE(z[t], x[t+2]) + CE(z[t], x[t+3]) / 2
+
+z[t] are the logits that predict x[t+1], all tokens lie in one document, and the mean is over the t
+that have an x[t+2]. With weight 0.5 the three tokens count 1, 0.5, 0.25. No parameter is added.
+Source: modded-nanogpt pull request 178; with heads of its own, arXiv 2404.19737.
+
+Shapes: R rows of T tokens.
+"""
+
+import torch
+
+from nanojepa.objectives.objective import Objective
+
+WEIGHTS = (1.0, 0.5)  # of x[t+2], x[t+3]
+
+
+class Mtp(Objective):
+    def draw(self, batch, rng):
+        """targets (2, R, T): x[t+2] and x[t+3], -1 for none."""
+        targets = torch.stack([later_targets(batch, n) for n in (1, 2)])
+        return {"targets": targets, "weight": (targets[0] >= 0).float()}
+
+    def loss(self, lm, batch, states, drawn):
+        losses = [lm.cross_entropy(states, targets) for targets in drawn["targets"]]
+        term = sum(weight * loss for weight, loss in zip(WEIGHTS, losses, strict=True))
+        return drawn["weight"].amax() * term  # all tokens that count weigh the same
+
+
+def later_targets(batch, n):
+    """The targets (R, T) n tokens later in the same document, -1 where there are none."""
+    targets = torch.full_like(batch.targets, -1)
+    targets[:, :-n] = torch.where(batch.follows(n), batch.targets[:, n:], -1)
+    return targets
