@@ -122,8 +122,8 @@ class Config:
     # ---- JEPA
     jepa_lambda: NonNegative = 0.0  # weight of the term; 0: off, and the step is the baseline's
     # The term. span: a span of text with what surrounds it. pair: the two texts of a pair, or
-    # neighbours in a group. step: the first two steps of a pair's second text. mtp: the same logits
-    # on the tokens after the next.
+    # neighbours in a group. step: the first two steps of a pair's second text. future: a state and
+    # the mean of the next eight. mtp: the same logits on the tokens after the next.
     jepa_objective: OneOf(OBJECTIVES) = "span"
     jepa_gamma: NonNegative = 1.0  # weight of the cross entropy if JEPA_LAMBDA is above 0
     # Chance that a step computes the term. A step without it costs as much as the baseline's.

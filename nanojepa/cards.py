@@ -32,6 +32,8 @@ TUNED = (
     "--finetune --train_file data/nlregex/train.jsonl --output_dir {folder}/out --pretrain true "
     "--predictors 1 --micro_batch_tokens 8192 --gradient_checkpointing true"
 )
+ONE_B = TUNED + " --batch_size 16 --model_name {folder}/1b"
+EIGHT_B = TUNED + " --batch_size 8 --lora true --model_name {folder}/8b"
 LLAMA_1B = (2048, 8192, 16, 32, 8)  # width, MLP, layers, query heads, key/value heads
 LLAMA_8B = (4096, 14336, 32, 32, 8)
 
@@ -47,18 +49,10 @@ PARTS = (
     Part("pretraining 124M, predicted", f"bench.py --account {{card}} {GPT_124M}", 60),
     Part("pretraining 124M", f"bench.py --rounds 6 {GPT_124M}", 200),
     Part("pairs 124M", f"bench.py --rounds 6 {PAIRS}", 120),
-    Part("1B, predicted", f"bench.py --account {{card}} {TUNED} --model_name {{folder}}/1b", 60),
-    Part("1B", f"bench.py --rounds 4 {TUNED} --model_name {{folder}}/1b --batch_size 16", 100),
-    Part(
-        "8B LoRA, predicted",
-        f"bench.py --account {{card}} {TUNED} --lora true --model_name {{folder}}/8b",
-        60,
-    ),
-    Part(
-        "8B LoRA",
-        f"bench.py --rounds 3 {TUNED} --lora true --model_name {{folder}}/8b --batch_size 8",
-        150,
-    ),
+    Part("1B, predicted", f"bench.py --account {{card}} {ONE_B}", 60),
+    Part("1B", f"bench.py --rounds 4 {ONE_B}", 100),
+    Part("8B LoRA, predicted", f"bench.py --account {{card}} {EIGHT_B}", 60),
+    Part("8B LoRA", f"bench.py --rounds 3 {EIGHT_B}", 150),
 )
 
 

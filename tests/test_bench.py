@@ -115,7 +115,7 @@ def test_bench_of_text_has_a_line_for_each_objective(data_path, monkeypatch, cap
 def test_bench_of_pairs_has_a_line_for_each_objective(folders, monkeypatch, capsys):
     """But for one of steps, which these pairs haven't."""
     lines = run_bench(monkeypatch, capsys, *flags_of(folders["pairs"]))
-    assert names_of(lines) == ["off", "span", "pair", "mtp", "off again"]
+    assert names_of(lines) == ["off", "span", "pair", "future", "mtp", "off again"]
 
 
 def test_bench_of_fine_tuning_has_packed_and_padded_lines(finetuning, monkeypatch, capsys):

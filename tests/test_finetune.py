@@ -325,6 +325,7 @@ def test_mtp_scores_the_labels_that_follow_the_next(models, questions, tmp_path)
         "--step_jepa",
         "--span",
         "--objective mtp",
+        "--objective future",
         "--regular",
         "--predictors 2 --front_pred --linear_predictor",
     ],

@@ -36,6 +36,7 @@ RUNS = {
     "adamw": ("text", {"optimizer": "adamw"}),
     "span": ("text", {"jepa_lambda": 0.1}),
     "span_l2": ("text", {"jepa_lambda": 0.1, "jepa_distance": "l2", "jepa_start_frac": 0.25}),
+    "future": ("pairs", {"jepa_lambda": 0.5, "jepa_objective": "future"}),
     "mtp": ("text", {"jepa_lambda": 0.5, "jepa_objective": "mtp"}),
     "pair": ("pairs", {**PAIR, "loss_on": "target"}),
     "pair_infonce": ("groups", {**PAIR, "jepa_distance": "infonce"}),
