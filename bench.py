@@ -36,9 +36,9 @@ import torch.nn.functional as F
 
 import train_gpt
 from model import GPT
+from nanojepa import cards
 from nanojepa.account import GB, GPUS, account_gpt, table
 from nanojepa.batches import divide_batch, draw_step, open_data
-from nanojepa.cards import bench_gpu
 from nanojepa.device import Clock, start_process
 from nanojepa.files import one_line, one_line_errors, progress, script_parser
 from nanojepa.objectives import OBJECTIVES, StepRandom
@@ -58,14 +58,17 @@ class Cost(NamedTuple):
 def measure(steps, rounds, device, persistent):
     """The Cost of each of these steps, {name: step}; step(n) computes the n-th one.
 
-    persistent: see peak_memory. A step that doesn't fit the GPU is left out, and so is one that the
-    compiler can't make.
+    persistent: see peak_memory. A step that fails is left out, as one that doesn't fit the GPU. The
+    first one must not fail, since the others are compared with it.
     """
+    base = next(iter(steps))
     for name, step in progress(list(steps.items()), "compiling and warming up"):
         try:
             step(0)
             step(1)
-        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as e:
+        except RuntimeError as e:
+            if name == base:
+                raise
             print(f"{name}: left out: {one_line(e)}")
             del steps[name]
     graphs = count_graphs()
@@ -196,7 +199,7 @@ def bench_pretraining(argv, rounds):
     print_machine(device)
     runs = variants(run)
     steps = {name: partial(train_step, each) for name, each in runs.items()}
-    flops = {name: step(0).flops / world_size for name, step in steps.items()}
+    steps["off"](0)  # it makes the optimizers' state
     optimizers, dtype = runs["off"].optimizers, run.model.config.dtype
     state = [x for o in optimizers for values in o.state.values() for x in values.values()]
     persistent = size_of([*run.model.parameters(), *state])
@@ -206,6 +209,7 @@ def bench_pretraining(argv, rounds):
     if device.type == "cuda":
         print_kernels(steps["off"])
     print(f"matmul peak: {peak / 1e12:.3g} TFLOP/s in {dtype}")
+    flops = {name: steps[name](0).flops / world_size for name in costs}
     shares = {name: flops[name] / statistics.median(costs[name].seconds) / peak for name in costs}
     print_table(costs, "tokens", cfg.train_batch_tokens, shares)
 
@@ -400,7 +404,8 @@ def make_parser():
 @one_line_errors()
 def main():
     if sys.argv[1:2] == ["gpu"]:
-        bench_gpu(sys.argv[2:])
+        script_parser(cards.__doc__).parse_args(sys.argv[2:])
+        cards.bench_gpu()
         return
     own, flags = make_parser().parse_known_args()
     if own.account:

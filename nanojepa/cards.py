@@ -1,8 +1,8 @@
 """python bench.py gpu: what a GPU does with all of this, in under ten minutes and one command.
 
-The tests marked cuda, then pretraining and fine-tuning as bench.py times them, and beside each the
-account's prediction. Every part is a process of its own: what doesn't fit or fails costs itself
-alone. Its output is in the folder, and its last line in the table.
+It runs the tests marked cuda, then times pretraining and fine-tuning, each after the account's
+prediction. Every part is a process of its own, so one that fails costs itself alone. Its output is
+kept in the folder, and its last line in the table.
 """
 
 import json
@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 
 from nanojepa.corpora import EMBEDDED
-from nanojepa.files import script_parser, shown, write_whole
+from nanojepa.files import shown, write_whole
 from nanojepa.runlog import describe_machine, project_sources
 
 ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 590  # of all parts together
 GPT_124M = (
     "--data_path data/stdlib --vocab_size 50304 --num_layers 12 --model_dim 768 --num_heads 6 "
     "--num_kv_heads 6 --tie_embeddings 1 --value_embed 0 --train_seq_len 1024 "
@@ -56,32 +57,26 @@ PARTS = (
 )
 
 
-def bench_gpu(argv):
-    parser = script_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=590, help="of all parts together")
-    own = parser.parse_args(argv)
+def bench_gpu():
+    """Run all parts; their output, table.md and result.json are left in logs/gpu-<time>."""
     if not torch.cuda.is_available():
         raise ValueError("gpu: there is no CUDA device here")
     folder = ROOT / "logs" / time.strftime("gpu-%Y%m%d-%H%M%S")
     folder.mkdir(parents=True)
     make_models(folder)
-    rows = run_parts(PARTS, folder, own.seconds)
-    machine = describe_machine(project_sources(ROOT))
-    result = {"machine": machine, "parts": rows}
-    write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
-    failed = sum(row["exit"] != 0 for row in rows)
-    print(f"result: {len(rows) - failed} of {len(PARTS)} parts -> {shown(folder)}")
+    card = "h200" if "H200" in torch.cuda.get_device_name() else "h100"
+    rows = run_parts(PARTS, folder, card, SECONDS)
+    passed = sum(row["exit"] == 0 for row in rows)
+    print(f"result: {passed} of {len(PARTS)} parts -> {shown(folder)}")
 
 
-def run_parts(parts, folder, seconds):
+def run_parts(parts, folder, card, seconds):
     """Run the parts within so many seconds; returns a dict for each that was begun.
 
-    A table of their last lines grows in table.md.
+    table.md and result.json are written anew after each part. card: a key of GPUS.
     """
     rows, end = [], time.perf_counter() + seconds
-    card = (
-        "h200" if torch.cuda.is_available() and "H200" in torch.cuda.get_device_name() else "h100"
-    )
+    machine = describe_machine(project_sources(ROOT))
     for part in parts:
         left = end - time.perf_counter()
         if left < 10:
@@ -91,13 +86,15 @@ def run_parts(parts, folder, seconds):
         command = part.command.format(folder=folder, card=card)
         status = run_part(command, file, min(part.seconds, left))
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-        last = next((line for line in reversed(lines) if line.strip()), "")
-        spent = time.perf_counter() - began
-        rows.append({"part": part.name, "exit": status, "seconds": spent, "result": last})
+        lines = [line for line in lines if line.strip()]
+        spent, last = time.perf_counter() - began, lines[-1] if lines else ""
         print(f"{part.name} ({spent:.0f} s): {last}", flush=True)
+        rows.append({"part": part.name, "exit": status, "seconds": spent, "output": lines})
         table = ["| part | exit | result |", "|---|---|---|"]
-        table += [f"| {row['part']} | {row['exit']} | {row['result']} |" for row in rows]
+        table += [f"| {r['part']} | {r['exit']} | {''.join(r['output'][-1:])} |" for r in rows]
         write_whole(folder / "table.md", ("\n".join(table) + "\n").encode())
+        result = {"machine": machine, "parts": rows}
+        write_whole(folder / "result.json", json.dumps(result, indent=1).encode())
     return rows
 
 

@@ -1,5 +1,6 @@
 """bench.py times one step in all its layouts, and counts memory, FLOPs and the peak rightly."""
 
+import json
 import shlex
 import sys
 
@@ -118,6 +119,16 @@ def test_bench_of_pairs_has_a_line_for_each_objective(folders, monkeypatch, caps
     assert names_of(lines) == ["off", "span", "pair", "future", "mtp", "off again"]
 
 
+def test_a_variant_that_fails_is_left_out_and_the_first_one_must_not(capsys):
+    def fail(n):
+        raise RuntimeError("out of memory")
+
+    costs = bench.measure({"off": lambda n: None, "large": fail}, 2, CPU, persistent=0)
+    assert list(costs) == ["off"] and "large: left out: " in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bench.measure({"off": fail}, 2, CPU, persistent=0)
+
+
 def test_bench_of_fine_tuning_has_packed_and_padded_lines(finetuning, monkeypatch, capsys):
     flags = ["--finetune", *finetuning, "--predictors=1"]
     lines = run_bench(monkeypatch, capsys, *flags)
@@ -147,8 +158,8 @@ def test_a_part_that_fails_or_hangs_costs_itself(tmp_path, capsys):
         cards.Part("slow", "-c 'import time; print(1, flush=True); time.sleep(99)'", 2),
         cards.Part("fine again", "-c 'print(2)'", 60),
     ]
-    rows = cards.run_parts(parts, tmp_path, seconds=100)
-    assert [(row["exit"], row["result"]) for row in rows] == [
+    rows = cards.run_parts(parts, tmp_path, "h100", seconds=100)
+    assert [(row["exit"], row["output"][-1]) for row in rows] == [
         (0, "result: h100"),
         (1, "error: no room"),
         ("stopped", "stopped after 2 s"),
@@ -156,7 +167,8 @@ def test_a_part_that_fails_or_hangs_costs_itself(tmp_path, capsys):
     ]
     assert (tmp_path / "fine.txt").read_text() == "a\nresult: h100\n"
     assert (tmp_path / "table.md").read_text().splitlines()[-1] == "| fine again | 0 | 2 |"
-    assert cards.run_parts(parts[:1], tmp_path, seconds=5) == []
+    assert json.loads((tmp_path / "result.json").read_text())["parts"] == rows
+    assert cards.run_parts(parts[:1], tmp_path, "h100", seconds=5) == []
     assert "no time is left for: fine" in capsys.readouterr().out
 
 
