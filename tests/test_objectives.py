@@ -422,6 +422,12 @@ def test_a_linear_predictor_begins_as_the_identity_and_maps_view_a(name):
     torch.testing.assert_close(views.v, plain.v)
 
 
+@pytest.mark.parametrize("options", [{"distance": "l2"}, {"predictor": "linear"}])
+def test_mtp_refuses_what_it_would_not_use(options):
+    with pytest.raises(ValueError, match="the objective mtp compares no vectors"):
+        OBJECTIVES["mtp"](Options(width=8, **options))
+
+
 def test_the_weight_over_a_run():
     def weights(**k):
         return [jepa_weight(p, 0.2, **k) for p in (0.0, 0.3, 0.5, 0.7, 0.99)]

@@ -17,6 +17,13 @@ WEIGHTS = (1.0, 0.5)  # of x[t+2], x[t+3]
 
 
 class Mtp(Objective):
+    def __init__(self, options):
+        super().__init__(options)
+        if (options.distance, options.predictor) != ("cosine", "identity"):
+            raise ValueError(
+                "the objective mtp compares no vectors: leave its distance and its predictor out"
+            )
+
     def draw(self, batch, rng):
         """targets (2, R, T): x[t+2] and x[t+3], -1 for none."""
         targets = torch.stack([later_targets(batch, n) for n in (1, 2)])
