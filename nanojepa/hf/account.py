@@ -24,13 +24,16 @@ from nanojepa.account import Account, attention_flops
 from nanojepa.hf.batches import Packer
 from nanojepa.hf.lora import add_lora
 from nanojepa.hf.model import OBJECTIVE, add_losses, make_objective
-from nanojepa.hf.run import prepare_run
+from nanojepa.hf.run import optimizer_name, prepare_run
 from nanojepa.hf.settings import DTYPES
 from nanojepa.hf.trainer import Costs, count_flops, unit_flops
 
 
 class Work(TorchDispatchMode):
-    """Adds up bytes and seconds of the operations that run in it, and follows the memory."""
+    """Adds up bytes and seconds of the operations that run in it.
+
+    It also notes when memory is taken and when it is freed.
+    """
 
     def __init__(self, gpu):
         super().__init__()
@@ -78,8 +81,9 @@ class Work(TorchDispatchMode):
 class Pass(NamedTuple):
     """A forward and backward pass of one micro-batch, on a card that has all weights.
 
-    parameters, trained: their numbers. block: parameters of the largest block. costs: FLOPs,
-    without what is computed again. kept: bytes at the peak, without weights and gradients.
+    parameters: how many there are; trained: how many of them are trained; block: how many the
+    largest block has. costs: FLOPs, without what is computed again. kept: bytes at the peak,
+    without weights and gradients.
     """
 
     parameters: int
@@ -97,7 +101,8 @@ def account_finetune(cfg, gpu, ranks, say):
     batches = first_step(cfg, ready)
     one = run_without_data(cfg, ready, batches[0], gpu, say)
     compute, weight = DTYPES[t.dtype].itemsize, 2 if t.weights == "bfloat16" else 4
-    state = 2 if "8bit" in t.optimizer else 8  # bytes of Adam's two numbers
+    # Bytes of Adam's two numbers.
+    state = 2 if "8bit" in optimizer_name(t.optimizer, cuda=True) else 8
     frozen, apart = one.parameters - one.trained, (shards - 1) / shards
     # Weights are gathered forward and backward, and gradients scattered in float32, in each pass.
     sent = (2 * compute * one.parameters + 4 * one.trained) * apart

@@ -265,11 +265,12 @@ def make_trainer(cfg, say=print):
     return trainer
 
 
-def optimizer_name(name):
-    """The optimizer, or one that runs here."""
+def optimizer_name(name, cuda=None):
+    """The optimizer, or one that runs here; cuda: whether there is CUDA, by default as here."""
     if name.startswith("adamw_torch") or "8bit" not in name:
         return name
-    has_8bit = torch.cuda.is_available() and importlib.util.find_spec("bitsandbytes")
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    has_8bit = cuda and importlib.util.find_spec("bitsandbytes")
     return name if has_8bit else "adamw_torch_fused"
 
 
