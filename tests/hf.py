@@ -1,5 +1,6 @@
 """Tiny models with a tokenizer that is trained here, as Hugging Face folders."""
 
+import copy
 import json
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     set_seed,
 )
 
+from nanojepa.hf.batches import count_pairs
 from nanojepa.hf.run import make_trainer
 from nanojepa.hf.settings import ALIASES, Config
 from nanojepa.settings import load_settings
@@ -124,6 +126,14 @@ def write_messages(path, examples):
             messages = [{"role": role, "content": text} for role, text in turns]
             file.write(json.dumps({"messages": messages}) + "\n")
     return str(path)
+
+
+def one_batch(trainer, examples, term=True):
+    """The Batch that a step of these examples would be if a pass could hold all of them."""
+    packer = copy.copy(trainer.packer)
+    packer.max_rows = len(examples) * 8
+    (batch,) = packer.split([examples], [0], term, 0, max(1, count_pairs(examples)))
+    return batch
 
 
 def tuned_curve(folder, flags):

@@ -312,7 +312,7 @@ def test_mtp_scores_the_labels_that_follow_the_next(models, questions, tmp_path)
                 total, count = total - log_p[target - 2, tokens[target]], count + 1
             if target >= 3:
                 total = total - log_p[target - 3, tokens[target]] / 2
-    batch = trainer.packer.pack(trainer.train_dataset)
+    batch = hf.one_batch(trainer, trainer.train_dataset)
     term = trainer.sums(trainer.model, batch).term
     assert batch.drawn["weight"].sum() == count > 50
     assert (term / count).item() == pytest.approx((total / count).item(), rel=1e-4)
@@ -389,7 +389,7 @@ def test_bfloat16_weights_have_the_gradients_of_float32_ones_but_for_rounding(
     results = []
     for flags in ("", BFLOAT16):
         trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
-        sums = trainer.sums(trainer.model, trainer.packer.pack(trainer.train_dataset))
+        sums = trainer.sums(trainer.model, hf.one_batch(trainer, trainer.train_dataset))
         sum(sums).backward()
         gradients = {n: p.grad.flatten() for n, p in trainer.model.named_parameters()}
         results.append((torch.stack(sums), gradients))
@@ -457,7 +457,7 @@ def test_infonce_is_among_the_micro_batch(models, questions, tmp_path):
     """With memory_efficient too: its micro-batches stay whole."""
     flags = "--infonce --batch_size 8 --memory_efficient"
     trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
-    batch = trainer.packer.pack(trainer.train_dataset)
+    batch = hf.one_batch(trainer, trainer.train_dataset)
     lm = CausalLM(trainer.model)
     with torch.no_grad():
         states = lm.states(batch.idx, batch.positions, batch.ends).flatten(0, 1)
@@ -795,9 +795,10 @@ def test_sharded_forward_and_backward_equal_the_whole_model(models, questions, t
 import torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from nanojepa.device import end_rank
+import hf
 from test_finetune import make_trainer
 trainer = make_trainer(*{arguments!r}, "--predictors 2 --linear_predictor")
-batch = trainer.packer.pack(trainer.train_dataset)
+batch = hf.one_batch(trainer, trainer.train_dataset)
 
 def backward():
     ce, term = trainer.sums(trainer.model, batch)
@@ -827,6 +828,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 from nanojepa.device import end_rank
 from nanojepa.hf import run
+import hf
 from test_finetune import configure, silent
 
 if not dist.is_initialized():
@@ -845,7 +847,7 @@ def build(flags):
 
 
 def gradients(trainer, model):
-    batch = trainer.packer.pack(trainer.train_dataset[4 * rank : 4 * rank + 4])
+    batch = hf.one_batch(trainer, trainer.train_dataset[4 * rank : 4 * rank + 4])
     torch.manual_seed(100 + rank)  # of what is dropped
     sums = trainer.sums(model, batch)
     (sums.ce + sums.term).backward()
@@ -931,7 +933,7 @@ def test_dropped_steps_cost_a_plain_step_and_are_no_zero_in_the_log(models, ques
     # The whole set is a step and the rate is 0: one value, which dropped steps don't lower.
     values = [line["jepa_loss"] for line in lines if "jepa_loss" in line]
     assert max(values) - min(values) < 1e-4
-    plain, full = (trainer.packer.pack(trainer.train_dataset, term) for term in (False, True))
+    plain, full = (hf.one_batch(trainer, trainer.train_dataset, term) for term in (False, True))
     assert plain.drawn is None and (plain.targets >= 0).sum() == (full.targets >= 0).sum()
     assert plain.idx.numel() < 0.7 * full.idx.numel()
     whole, always = (
@@ -966,7 +968,7 @@ def test_a_pass_on_a_gpu_equals_the_cpu_s(models, questions, tmp_path, attention
         flags = f"--predictors 1 --attn_implementation {kind}"
         trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
         trainer.model.to(device)
-        sums = trainer.sums(trainer.model, trainer.packer.pack(trainer.train_dataset).to(device))
+        sums = trainer.sums(trainer.model, hf.one_batch(trainer, trainer.train_dataset).to(device))
         sum(sums).backward()
         gradients = {n: p.grad.cpu() for n, p in trainer.model.named_parameters()}
         results.append((torch.stack(sums).cpu(), gradients))
@@ -1015,7 +1017,7 @@ def test_flops_are_those_of_torch_s_counter(models, questions, tmp_path, flags):
     """It counts eager attention's products. It leaves out norms and the embeddings' gradient."""
     flags += " --attn_implementation eager"
     trainer = make_trainer(models["llama"], questions, tmp_path / "out", flags)
-    batch = trainer.packer.pack(trainer.train_dataset)
+    batch = hf.one_batch(trainer, trainer.train_dataset)
     trainer.model.train()
     with FlopCounterMode(display=False) as counter:
         sum(trainer.sums(trainer.model, batch)).backward()

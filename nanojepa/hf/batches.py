@@ -16,10 +16,11 @@ def count_pairs(examples):
 
 
 def choose_row_length(examples, step_examples, multiple):
-    """T: the longest document's tokens, and more where a step would fill several such rows.
+    """T, the tokens of a row, which come out even by `multiple`.
 
-    Less of longer rows stays empty. T is at most 512 for that, since attention costs its square,
-    and a step fills four rows. step_examples: examples of a step and process.
+    A row holds the longest document. Longer rows leave less space empty, so T grows to a quarter of
+    an average step. It grows to 512 at most, since attention costs its square. step_examples:
+    examples of a step and process.
     """
     lengths = [len(d) for example in examples for d in example.documents]
     quarter = sum(lengths) / len(examples) * step_examples / 4
@@ -27,8 +28,9 @@ def choose_row_length(examples, step_examples, multiple):
 
 
 class Packer:
-    """Makes Batches of Examples. All rows of a run have the same length, and a step's Batches one
-    number of rows, so that kernels are planned and memory is laid out for few shapes.
+    """Makes Batches of Examples, in few shapes.
+
+    All rows of a run have one length. All Batches of a step have one number of rows.
     """
 
     def __init__(self, cfg, objective, filler, examples, multiple):
@@ -42,21 +44,14 @@ class Packer:
         # Some distances need all views of batch_size examples at once.
         self.keeps_chunks = objective is not None and cfg.distance in ACROSS_PAIRS
 
-    def pack(self, examples, term=True, step=0):
-        """One Batch of these examples; what is drawn depends on the step.
-
-        term: whether the step has the term, if there is one; otherwise its views are not encoded
-        either.
-        """
-        batch = pack_rows(self.encoded(examples, term), self.filler, self.row_length)
-        return self.finish(batch, term, step, batch.total_items)
-
     def split(self, chunks, numbers, term, step, total_items, agree=int):
         """The Batches of a step, of its examples on one process.
 
-        chunks: lists of Examples. numbers: the number in the step of each chunk's first pair.
-        total_items: pairs of the step. agree: of this process's number of Batches makes the number
-        that all make, if need be empty ones, since sharded weights need as many passes.
+        chunks: lists of Examples. numbers: of each chunk's first pair, its number in the step.
+        term: whether the step has the term, if there is one. Otherwise its views are not encoded
+        either. total_items: pairs of the step. agree(count): how many Batches every process makes,
+        if this one needs `count`. Sharded weights need as many passes everywhere, so some may be
+        empty.
         """
         chunks = [self.encoded(chunk, term) for chunk in chunks]
         if self.keeps_chunks:
