@@ -88,8 +88,8 @@ class Config:
     # Tokens a step, over all ranks and micro-batches. Of pairs, only trunk tokens count.
     train_batch_tokens: Positive = 4096
     train_seq_len: Positive = 256  # tokens a row; attention costs its square
-    # A row's documents don't see each other. FLOPs are counted as if they did. A GPU skips what is
-    # masked.
+    # Of text: a row's documents don't see each other. FLOPs are counted as if they did. A GPU skips
+    # what is masked. Pairs and groups never see each other.
     mask_documents: bool = False
     # Micro-batches a step and rank: less memory, the same step; 0: the fewest that keep one within
     # 65,536 tokens, or within 60% of a GPU's memory. Of pairs: counted without what the term
@@ -127,10 +127,10 @@ class Config:
     jepa_objective: OneOf(OBJECTIVES) = "span"
     jepa_gamma: NonNegative = 1.0  # weight of the cross entropy if JEPA_LAMBDA is above 0
     # Chance that a step computes the term. A step without it costs as much as the baseline's.
-    # Below 1 costs a second graph if the whole step is compiled.
+    # Below 1 costs a second graph if COMPILE_SCOPE is whole.
     jepa_ratio: PositiveFraction = 1.0
-    jepa_start_frac: Fraction = 0.0  # the term starts there in the run; costs as much
-    jepa_end_frac: Fraction = 1.0  # the term ends there in the run; costs as much
+    jepa_start_frac: Fraction = 0.0  # the term starts there in the run; costs as JEPA_RATIO does
+    jepa_end_frac: Fraction = 1.0  # the term ends there in the run; costs as JEPA_RATIO does
     jepa_warmup_frac: Fraction = 0.0  # part of the run over which lambda rises after the start
     jepa_layer: int = -1  # states compared: -1 the stream into the final norm, k that after block k
     # Compare states after the final norm (1) or before it (0); -1: as the objective prefers.
@@ -172,9 +172,9 @@ class Config:
     init_from: str = ""  # start from the weights of logs/<run>
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 if the hardware has it
     compile: bool = True  # torch.compile; a run without it is slower but needn't wait for it
-    # What is compiled. blocks: a block and the head's loss, each on its own, in about 60% of the
-    # time, and the term needs no graph. whole: the step, of which more is fused. auto: whole on a
-    # GPU, blocks elsewhere.
+    # What is compiled. whole: the step, which saves a GPU traffic. blocks: a block and the head's
+    # loss, each on its own, which takes 60% of the time, and a term needs no graph. auto: whole on
+    # a GPU, blocks elsewhere.
     compile_scope: Literal["auto", "blocks", "whole"] = "auto"
 
     def __post_init__(self):
@@ -266,7 +266,7 @@ def compile_parts(model):
     def forward(block, x, x0, v_token, rope, mask, cache):
         if cache is not None:  # generation, too short to wait for a compiler
             return Block.forward(block, x, x0, v_token, rope, mask, cache)
-        # x is x0 in the first block, which would make a graph of its own.
+        # In the first block x is x0. Without a copy that would be compiled as a second graph.
         x = x.clone() if x is x0 else x
         return compiled_block(block, x, x0, v_token, rope, mask, None)
 
@@ -371,9 +371,10 @@ def training_step(run, step, progress, jepa_lambda):
 
 
 def update_weights(run, scale):
-    """Step the optimizers, scale times their learning rates; the norm of the summed gradients.
+    """Let the optimizers step; returns the norm of the gradients, which the ranks have summed.
 
-    Muon sums the ranks' gradients of its parameters; those of the rest go in one message.
+    scale: what all learning rates are multiplied by. Muon sums the gradients of its own parameters.
+    Those of the others are summed here, in one message.
     """
     *muon, other = run.optimizers
     params = [p for group in other.param_groups for p in group["params"] if p.grad is not None]
@@ -698,7 +699,7 @@ def needed_graphs(cfg):
 
 
 def warm_up(run):
-    """Compile every graph of a step and of evaluation, load the kernels, put the weights back.
+    """Compile what a step and an evaluation run, load the kernels, and put the weights back.
 
     The optimizers that are used here are thrown away.
     """

@@ -37,7 +37,9 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, initial_lr=lr))
         self.dtype = dtype  # of the iteration
-        self.squares = 0.0  # of the summed gradients of this rank's parts in the last step, a sum
+        self.squares = (
+            0.0  # the sum of the squares of the last step's gradients in this rank's parts
+        )
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
@@ -54,7 +56,7 @@ class Muon(torch.optim.Optimizer):
             if stack[0].grad is not None  # a predictor has none in a step without the term
         ]
         self.squares, updates = 0.0, []
-        # Every sum is on its way while the first part is worked on, and so are the updates.
+        # All sums are under way while the first part is worked on. So are the updates later.
         sums = [sum_parts(torch.stack([wide(p.grad) for p in stack])) for stack, _ in stacks]
         for (stack, group), own in zip(stacks, sums, strict=True):
             updates.append(all_parts(self.own_update(stack, group["momentum"], own.wait())))
@@ -67,7 +69,7 @@ class Muon(torch.optim.Optimizer):
     def own_update(self, stack, momentum, grad):
         """The updates of this rank's part of a stack; grad: the sums of its gradients there."""
         state = self.state[stack[0]]
-        if "momentum" not in state:  # of the whole stack; only this rank's part is kept up to date
+        if "momentum" not in state:  # of the whole stack, though each rank updates only its part
             state["momentum"] = grad.new_zeros(len(stack), *grad.shape[1:])
         self.squares = self.squares + grad.square().sum()
         own = state["momentum"][own_part(len(stack))]

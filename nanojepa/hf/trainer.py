@@ -134,7 +134,7 @@ class JepaTrainer(Trainer):
         """
         loss = torch.zeros((), device=self.args.device)
         for batch in batches:
-            if batch is batches[-1] or self.args.fsdp:
+            if batch is batches[-1] or self.cfg.training.fsdp:
                 summed = contextlib.nullcontext()
             else:
                 summed = self.accelerator.no_sync(model)
