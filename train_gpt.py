@@ -836,6 +836,10 @@ def main():
         if int(os.environ.get("RANK", 0)):
             time.sleep(5)  # all ranks fail here: let rank 0 say it, whose exit ends the others
         raise
+    except RuntimeError:
+        if dist.is_initialized():
+            time.sleep(5)  # another rank may have died: torchrun must see that first
+        raise
 
 
 if __name__ == "__main__":

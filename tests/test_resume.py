@@ -608,7 +608,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(data_path, run_id):
     os.kill(children_of(process)[1], signal.SIGKILL)
     output = process.stdout.read()
     assert process.wait(timeout=60) != 0 and time.perf_counter() - began < 60
-    # Torchrun says which one it was and what ended it; the other ends with gloo's error.
+    # Torchrun says which one it was and what ended it. It ends the other.
     assert "Signal 9 (SIGKILL) received" in output.split("Root Cause")[1], output
 
 
