@@ -188,8 +188,17 @@ class Config:
                 f"JEPA_START_FRAC={self.jepa_start_frac}: must be below "
                 f"JEPA_END_FRAC={self.jepa_end_frac}, or the term never runs"
             )
-        if (has_term or self.diag_every) and self.train_seq_len < 3:
-            raise ValueError(f"TRAIN_SEQ_LEN={self.train_seq_len}: a term needs rows of 3 tokens")
+        kind = OBJECTIVES[self.jepa_objective]
+        if (has_term or self.diag_every) and self.train_seq_len < kind.least_tokens:
+            raise ValueError(
+                f"TRAIN_SEQ_LEN={self.train_seq_len}: the objective {self.jepa_objective} needs "
+                f"rows of {kind.least_tokens} tokens"
+            )
+        if kind.needs_last_layer and (self.jepa_layer, self.jepa_norm) != (-1, -1):
+            raise ValueError(
+                f"JEPA_OBJECTIVE={self.jepa_objective}: it scores the head's logits; leave "
+                "JEPA_LAYER and JEPA_NORM out"
+            )
         if self.eval_stride > self.train_seq_len:
             raise ValueError(f"EVAL_STRIDE={self.eval_stride}: must not exceed TRAIN_SEQ_LEN")
         if self.resume == "auto" and not self.run_id:
@@ -296,8 +305,8 @@ class Run:
     model: GPT
     objective: Any  # an Objective, None without a term
     optimizers: list
-    compile: Any = eager  # how its functions are called: eager, or compiled as a whole
-    is_compiled: bool = False  # as a whole or in parts
+    compile: Any = eager  # compiled if whole functions are; eager if the model's parts are, or none
+    is_compiled: bool = False  # in either scope
     began: float = 0.0  # time.perf_counter() of its start
 
     @property
@@ -376,7 +385,7 @@ def update_weights(run, scale):
     scale: what all learning rates are multiplied by. Muon sums the gradients of its own parameters.
     Those of the others are summed here, in one message.
     """
-    *muon, other = run.optimizers
+    *muon, other = run.optimizers  # AdamW has no Muon beside it
     params = [p for group in other.param_groups for p in group["params"] if p.grad is not None]
     if run.share.world_size > 1:
         flat = torch.cat([p.grad.flatten() for p in params])

@@ -108,6 +108,17 @@ def test_every_field_is_read_and_every_jepa_variable_is_a_field():
         ([], {"JEPA_LAMBDA": "1", "JEPA_START_FRAC": "0.5", "JEPA_END_FRAC": "0.3"}, "never runs"),
         ([], {"JEPA_LAMBDA": "1", "JEPA_START_FRAC": "1"}, "the term never runs"),
         ([], {"JEPA_LAMBDA": "1", "TRAIN_SEQ_LEN": "2"}, "TRAIN_SEQ_LEN=2"),
+        (
+            [],
+            {"JEPA_LAMBDA": "1", "TRAIN_SEQ_LEN": "8", "JEPA_OBJECTIVE": "future"},
+            "TRAIN_SEQ_LEN=8: the objective future needs rows of 9 tokens",
+        ),
+        (
+            [],
+            {"JEPA_OBJECTIVE": "mtp", "JEPA_LAYER": "0"},
+            "JEPA_OBJECTIVE=mtp: it scores the head",
+        ),
+        ([], {"JEPA_OBJECTIVE": "mtp", "JEPA_NORM": "1"}, "leave JEPA_LAYER and JEPA_NORM out"),
         ([], {"JEPA_LAYER": "6", "NUM_LAYERS": "6"}, "JEPA_LAYER=6: must be -1, or 0 to 5"),
         ([], {"EVAL_STRIDE": "512", "TRAIN_SEQ_LEN": "256"}, "must not exceed"),
         ([], {"RESUME": "auto"}, "needs RUN_ID"),

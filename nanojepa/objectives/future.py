@@ -3,8 +3,8 @@
     term = mean over t of  1 - cos(h[t] + MLP(h[t]), mean(h[t+1] .. h[t+8]) without gradient)
 
 after the final norm, or another distance, over the t whose next eight tokens lie in the same
-document. The MLP belongs to the objective and begins at zero. A far and coarse target, in the
-manner of the future summaries of arXiv 2510.14751.
+document. The MLP belongs to the objective, and gives zeros at first. The target is far and coarse,
+in the manner of the future summaries of arXiv 2510.14751.
 
 Shapes: R rows of T tokens, D width.
 """
@@ -20,15 +20,14 @@ AHEAD = 8  # tokens whose states are averaged
 
 
 class Future(Objective):
-    default_normed = True  # a mean of the stream would be one of its longest states
+    least_tokens = AHEAD + 1
+    default_normed = True  # the longest states would dominate a mean of the stream
 
     def __init__(self, options):
         super().__init__(options)
         self.mlp = ResidualMLP(options.width)
 
     def draw(self, batch, rng):
-        if batch.idx.size(1) <= AHEAD:
-            raise ValueError(f"the objective future needs rows of more than {AHEAD} tokens")
         return {"weight": batch.follows(AHEAD).float()}
 
     def views(self, lm, batch, states, drawn):
@@ -39,7 +38,7 @@ class Future(Objective):
 
 
 class ResidualMLP(nn.Module):
-    """x + a two-layer MLP of the normed x, which begins at zero."""
+    """x + a two-layer MLP of the normed x. The MLP gives zeros at first."""
 
     def __init__(self, width):
         super().__init__()

@@ -1,9 +1,10 @@
 """The mtp objective: the same logits are scored on the tokens after the next one too.
 
-    term = mean over t of  CE(z[t], x[t+2]) + CE(z[t], x[t+3]) / 2
+    term = (sum of CE(z[t], x[t+2]) + sum of CE(z[t], x[t+3]) / 2) / (number of the first)
 
-z[t] are the logits that predict x[t+1], all tokens lie in one document, and the mean is over the t
-that have an x[t+2]. With weight 0.5 the three tokens count 1, 0.5, 0.25. No parameter is added.
+z[t] are the logits that predict x[t+1]. Only what the cross entropy scores too is scored, and only
+in the document of t. The marker of the next document counts as a document's end. With lambda 0.5
+the three tokens count 1, 0.5 and 0.25. No parameter is added.
 Source: modded-nanogpt pull request 178; with heads of its own, arXiv 2404.19737.
 
 Shapes: R rows of T tokens.
@@ -17,6 +18,8 @@ WEIGHTS = (1.0, 0.5)  # of x[t+2], x[t+3]
 
 
 class Mtp(Objective):
+    needs_last_layer = True
+
     def __init__(self, options):
         super().__init__(options)
         if (options.distance, options.predictor) != ("cosine", "identity"):
@@ -32,7 +35,8 @@ class Mtp(Objective):
     def loss(self, lm, batch, states, drawn):
         losses = [lm.cross_entropy(states, targets) for targets in drawn["targets"]]
         term = sum(weight * loss for weight, loss in zip(WEIGHTS, losses, strict=True))
-        return drawn["weight"].amax() * term  # all tokens that count weigh the same
+        # A trainer may have divided the weights. All that count are equal, so one stands for all.
+        return drawn["weight"].amax() * term
 
 
 def later_targets(batch, n):

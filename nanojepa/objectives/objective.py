@@ -71,6 +71,9 @@ class Objective(nn.Module):
     # Whether it compares two texts or steps. Rows of plain text give it nothing to compare, and
     # the settings of [PRED] tokens are for it alone.
     needs_pairs = False
+    least_tokens = 3  # of a row, so that something is compared
+    # Whether the states go through the head, and no other layer or norm makes sense.
+    needs_last_layer = False
 
     def __init__(self, options):
         super().__init__()
