@@ -37,9 +37,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum, dtype):
         super().__init__(params, dict(lr=lr, momentum=momentum, initial_lr=lr))
         self.dtype = dtype  # of the iteration
-        self.squares = (
-            0.0  # the sum of the squares of the last step's gradients in this rank's parts
-        )
+        self.squares = 0.0  # the last step's squared gradients of this rank's parts, added up
         for group in self.param_groups:
             shapes = {}
             for p in group["params"]:
@@ -56,20 +54,21 @@ class Muon(torch.optim.Optimizer):
             if stack[0].grad is not None  # a predictor has none in a step without the term
         ]
         self.squares, updates = 0.0, []
-        # All sums are under way while the first part is worked on. So are the updates later.
+        # The ranks exchange all gradients while the first part is worked on.
         sums = [sum_parts(torch.stack([wide(p.grad) for p in stack])) for stack, _ in stacks]
-        for (stack, group), own in zip(stacks, sums, strict=True):
-            updates.append(all_parts(self.own_update(stack, group["momentum"], own.wait())))
+        # They exchange the updates of a part while the next one is worked on.
+        for (stack, group), grad in zip(stacks, sums, strict=True):
+            updates.append(all_parts(self.own_update(stack, group["momentum"], grad.wait())))
         for (stack, group), update in zip(stacks, updates, strict=True):
-            for p, own in zip(stack, update.wait(), strict=False):  # what is left is padding
+            for p, u in zip(stack, update.wait(), strict=False):  # what is left is padding
                 # An update's root mean square is 1 / sqrt(fan-in) at every shape.
                 scale = max(1.0, p.size(0) / p.size(1)) ** 0.5
-                p.add_(own if own.shape == p.shape else own.mT, alpha=-group["lr"] * scale)
+                p.add_(u if u.shape == p.shape else u.mT, alpha=-group["lr"] * scale)
 
     def own_update(self, stack, momentum, grad):
         """The updates of this rank's part of a stack; grad: the sums of its gradients there."""
         state = self.state[stack[0]]
-        if "momentum" not in state:  # of the whole stack, though each rank updates only its part
+        if "momentum" not in state:  # it has the whole stack, but a rank updates its part alone
             state["momentum"] = grad.new_zeros(len(stack), *grad.shape[1:])
         self.squares = self.squares + grad.square().sum()
         own = state["momentum"][own_part(len(stack))]
@@ -90,8 +89,11 @@ class Muon(torch.optim.Optimizer):
 # ---- a stack in parts, one a rank
 
 
-class OnItsWay(NamedTuple):
-    """What other ranks send; work: a torch.distributed.Work, None with one rank."""
+class Message(NamedTuple):
+    """A tensor that is complete when the other ranks have sent their part.
+
+    work: a torch.distributed.Work, None with one rank.
+    """
 
     tensor: torch.Tensor
     work: Any = None
@@ -124,17 +126,17 @@ def pad(x, count):
 def sum_parts(stack):
     """This rank's part of the sum over the ranks of a stack (N, m, n), on its way."""
     if ranks() == 1:
-        return OnItsWay(stack)
+        return Message(stack)
     own = stack.new_empty(part_size(len(stack)), *stack.shape[1:])
     # torch 2.13 renamed both collectives.
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return OnItsWay(own, scatter(own, pad(stack, len(own) * ranks()), async_op=True))
+    return Message(own, scatter(own, pad(stack, len(own) * ranks()), async_op=True))
 
 
 def all_parts(own):
     """The parts of all ranks, on their way."""
     if ranks() == 1:
-        return OnItsWay(own)
+        return Message(own)
     whole = own.new_empty(len(own) * ranks(), *own.shape[1:])
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return OnItsWay(whole, gather(whole, own.contiguous(), async_op=True))
+    return Message(whole, gather(whole, own.contiguous(), async_op=True))

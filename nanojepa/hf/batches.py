@@ -16,7 +16,7 @@ def count_pairs(examples):
 
 
 def choose_row_length(examples, step_examples, multiple):
-    """T, the tokens of a row, which come out even by `multiple`.
+    """T, the tokens of a row: a multiple of `multiple`.
 
     A row holds the longest document. Longer rows leave less space empty, so T grows to a quarter of
     an average step. It grows to 512 at most, since attention costs its square. step_examples:
@@ -30,11 +30,12 @@ def choose_row_length(examples, step_examples, multiple):
 class Packer:
     """Makes Batches of Examples, in few shapes.
 
-    All rows of a run have one length. All Batches of a step have one number of rows.
+    All rows of a run have one length. All Batches of a step have one number of rows, unless the
+    distance needs batch_size examples in each.
     """
 
     def __init__(self, cfg, objective, filler, examples, multiple):
-        """examples: all that will be packed. multiple: T is one of it."""
+        """examples: all that will be packed. T is a multiple of `multiple`."""
         t = cfg.training
         self.seed, self.objective, self.filler = cfg.general.finetune_seed, objective, filler
         step_examples = 1 if t.memory_efficient else t.batch_size * t.grad_accum
@@ -48,10 +49,10 @@ class Packer:
         """The Batches of a step, of its examples on one process.
 
         chunks: lists of Examples. numbers: of each chunk's first pair, its number in the step.
-        term: whether the step has the term, if there is one. Otherwise its views are not encoded
-        either. total_items: pairs of the step. agree(count): how many Batches every process makes,
-        if this one needs `count`. Sharded weights need as many passes everywhere, so some may be
-        empty.
+        term: whether the step has the term, if there is one. If not, the term's views are not
+        encoded either. total_items: pairs of the step. agree(count): how many Batches every process
+        makes, if this one needs `count`. Sharded weights need as many passes everywhere, so some
+        may be empty.
         """
         chunks = [self.encoded(chunk, term) for chunk in chunks]
         if self.keeps_chunks:
@@ -67,9 +68,9 @@ class Packer:
         """Batches that may hold examples of any chunk, as few as max_rows allows."""
         examples, T = list(itertools.chain(*chunks)), self.row_length
         rows, placed = place_step(examples, T, self.max_rows)
-        own = 1 + max(place.micro_batch for place in placed)
-        count = agree(own)
-        if count > own:
+        needed = 1 + max(place.micro_batch for place in placed)
+        count = agree(needed)
+        if count > needed:
             rows, placed = place_step(examples, T, self.max_rows, count)
         items = [[] for _ in range(count)]
         first_items = [
@@ -89,7 +90,7 @@ class Packer:
 
     def finish(self, batch, term, step, total_items):
         """The Batch with its labels and what is drawn."""
-        # Found here: on a GPU this would wait for the device.
+        # The labels are found here, since finding them on a GPU would wait for it.
         batch.labels = (batch.targets.flatten() >= 0).nonzero()[:, 0]
         if term and self.objective is not None:
             rng = StepRandom(self.seed, step, batch.items, total_items)
