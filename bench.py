@@ -41,7 +41,9 @@ from nanojepa.account import GB, GPUS, account_gpt, table
 from nanojepa.batches import divide_batch, draw_step, open_data
 from nanojepa.device import Clock, start_process
 from nanojepa.files import one_line, one_line_errors, progress, script_parser
+from nanojepa.muon import Muon
 from nanojepa.objectives import OBJECTIVES, StepRandom
+from nanojepa.objectives.objective import sum_weights
 from nanojepa.packing import Document, pack_rows
 from nanojepa.settings import load_settings
 
@@ -215,13 +217,11 @@ def bench_pretraining(argv, rounds):
 
 
 def variants(run):
-    """{name: Run} of what is timed; all of them have one model and one set of optimizers."""
+    """{name: Run} of what is timed; all have one model, and one set of optimizers for it."""
     off = replace(run, cfg=replace(run.cfg, jepa_lambda=0.0), objective=None)
     runs = {"off": off}
     for name, objective in objectives_of(run).items():
         runs[name] = replace(run, objective=objective)
-    everything = torch.nn.ModuleList([each.objective for each in runs.values() if each.objective])
-    optimizers = train_gpt.build_optimizers(run.model, everything, run.cfg)
     runs["off again"] = off
     if run.cfg.compile:
         runs["eager"] = replace(off, is_compiled=False)
@@ -230,7 +230,18 @@ def variants(run):
         for mode in ("reduce-overhead", "max-autotune-no-cudagraphs"):
             compile = partial(torch.compile, fullgraph=True, dynamic=False, mode=mode)
             runs[mode] = replace(off, compile=functools.cache(compile))
-    return {name: replace(each, optimizers=optimizers) for name, each in runs.items()}
+    shared = train_gpt.build_optimizers(run.model, None, run.cfg)
+    return {
+        name: replace(each, optimizers=[*own_optimizers(each), *shared])
+        for name, each in runs.items()
+    }
+
+
+def own_optimizers(run):
+    """The optimizers of an objective's own weights."""
+    own = [] if run.objective is None else list(run.objective.parameters())
+    cfg, dtype = run.cfg, run.model.config.dtype
+    return [Muon(own, cfg.matrix_lr, cfg.muon_momentum, dtype)] if own else []
 
 
 def objectives_of(run):
@@ -246,7 +257,7 @@ def objectives_of(run):
             data.check_micro_batch(share, objective)
         batches = data.load(0, share, objective).batches
         draw_step(objective, batches, cfg.seed, 0)
-        if any(batch.drawn["weight"].any() for batch in batches):
+        if any(sum_weights(batch.drawn).any() for batch in batches):
             found[name] = objective
     return found
 

@@ -33,7 +33,7 @@ from nanojepa.eval.predictions import open_output, read_predictions
 from nanojepa.eval.tasks import TASKS, answer_of, judge, read_questions
 from nanojepa.examples import ExampleSet
 from nanojepa.files import one_line_errors, progress, sha256_file
-from nanojepa.objectives import OBJECTIVES
+from nanojepa.objectives import OBJECTIVES, kinds
 from nanojepa.records import full_views, read_examples, seen_in_train
 from nanojepa.settings import load_settings, read_yaml
 from nanojepa.stats import wilson
@@ -167,7 +167,7 @@ def view_settings(cfg):
     If it doesn't, the first objective of the table that does, with no weights of its own and
     without [PRED] tokens.
     """
-    if cfg.jepa_lambda and OBJECTIVES[cfg.jepa_objective].needs_pairs:
+    if cfg.jepa_lambda and any(kind.needs_pairs for kind in kinds(cfg.jepa_objective)):
         return cfg
     paired = next(name for name, kind in OBJECTIVES.items() if kind.needs_pairs)
     cfg = replace(cfg, jepa_lambda=0.0, diag_every=0, jepa_predictor="identity")
@@ -182,6 +182,7 @@ def views_of_run(args):
     objective = train_gpt.build_objective(cfg, data, run.model.embed.weight.device)
     if cfg.jepa_lambda and objective.state_dict():
         load_weights(objective, args.run, OBJECTIVE_FILE)
+    objective = objective.paired()
     random.Random(0).shuffle(test)
     examples = [data.layout([run.encode(view) for view in views], objective) for views in test]
     # Of an example without a pair, there is nothing to compare.

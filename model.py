@@ -162,39 +162,45 @@ def soft_cap(z, softcap):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The summed cross entropy of the head's soft-capped logits, a part of the tokens at a time.
+    """Cross entropies of the head's soft-capped logits, a part of the tokens at a time.
 
-    The gradients are computed beside the loss, while a part's logits are there, so none are kept
-    for the backward pass. x (N, D), weight (V, D), targets (N,), -1 for none.
+    x (N, D), weight (V, D), targets (N, K), -1 for none, factors (K,). Returns the sum of factor *
+    cross entropy, which is differentiated, and the K cross entropies, which aren't; all are sums
+    over the tokens. The gradients are computed beside the loss, while a part's logits are there,
+    so none are kept for the backward pass.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, softcap):
+    def forward(ctx, x, weight, targets, factors, softcap):
         w, tokens = weight.to(x.dtype), torch.arange(weight.size(0), device=x.device)
-        loss, dw, dx = x.new_zeros((), dtype=torch.float32), torch.zeros_like(weight), []
+        sums, dw, dx = torch.zeros_like(factors), torch.zeros_like(weight), []
         for part, target in zip(*in_parts(x, targets, weight.size(0)), strict=True):
             z = part @ w.T
-            counted, target = (target >= 0)[:, None], target.clamp(min=0)[:, None]
+            counted, target = target >= 0, target.clamp(min=0)
             y = soft_cap(z, softcap)
             # No logit is above the cap, so the cap serves as the maximum that exp() needs.
             log_sum = softcap + (y - softcap).exp().sum(-1, keepdim=True).log()
             losses = log_sum - soft_cap(z.gather(1, target), softcap)
-            loss += (losses * counted).sum()
-            dz = (y - log_sum).exp() - (tokens == target).float()
-            dz = (dz * (1 - (y / softcap).square()) * counted).to(x.dtype)
+            sums += (losses * counted).sum(0)
+            shares = factors * counted
+            dz = (y - log_sum).exp() * shares.sum(1, keepdim=True)
+            for k in range(targets.size(1)):
+                dz = dz - (tokens == target[:, k, None]) * shares[:, k, None]
+            dz = (dz * (1 - (y / softcap).square())).to(x.dtype)
             dx.append(dz @ w)
             dw += dz.T @ part
         ctx.save_for_backward(torch.cat(dx), dw)
-        return loss
+        ctx.mark_non_differentiable(sums)
+        return (factors * sums).sum(), sums
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         dx, dw = ctx.saved_tensors
-        return grad.to(dx.dtype) * dx, grad * dw, None, None
+        return grad.to(dx.dtype) * dx, grad * dw, None, None, None
 
 
 def in_parts(x, targets, vocab_size):
-    """x (N, D) and targets (N,) in parts whose logits take at most a GiB, and in four at least."""
+    """x (N, D) and targets (N, K) in parts whose logits take at most a GiB; in four at least."""
     count = max(4, math.ceil(x.size(0) * vocab_size / 2**28))
     return x.chunk(count), targets.chunk(count)
 
@@ -215,13 +221,14 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, 0)
 
-    def _run_blocks(self, idx, tap, positions=None, mask=None, cache=None):
+    def _run_blocks(self, idx, tap, positions=None, mask=None, cache=None, blank=None):
         """The only loop over blocks.
 
         idx (B, T) int64. tap: -1 for the stream after the last block, before the final norm, or k
         for the stream after block k. positions (B, T): by default 0.. or those after the cache.
         mask (B or 1, 1, T, S), True if a query may see a key, or a BlockMask; by default causal.
-        cache: a KVCache, which is advanced by T.
+        cache: a KVCache, which is advanced by T. blank (B, T): True for tokens that the network
+        doesn't read; zeros stand for their embeddings.
         Returns (x, x_tap), both (B, T, D); with tap -1 they are the same tensor.
         """
         if not -1 <= tap < self.config.num_layers:
@@ -240,6 +247,9 @@ class GPT(nn.Module):
         if self.value_embed is not None:
             v_token = self.value_embed(idx).to(self.config.dtype)
         x = x0 = norm(self.embed(idx).to(self.config.dtype))
+        if blank is not None:
+            x = x0 = x.masked_fill(blank[..., None], 0)
+            v_token = None if v_token is None else v_token.masked_fill(blank[..., None], 0)
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
             x = block(x, x0, v_token, rope, mask, cache)
@@ -257,9 +267,13 @@ class GPT(nn.Module):
         angle = (positions[..., None].float() * frequency)[:, :, None]
         return angle.cos().to(self.config.dtype), angle.sin().to(self.config.dtype)
 
-    def logits(self, x):
-        """Next-token logits (..., V) in float32 of the stream x (..., D) after the last block."""
-        z = F.linear(norm(x), self.head_weight.to(x.dtype))
+    def logits(self, x, frozen=False):
+        """Next-token logits (..., V) in float32 of the stream x (..., D) after the last block.
+
+        frozen: the head gets no gradient.
+        """
+        weight = self.head_weight.detach() if frozen else self.head_weight
+        z = F.linear(norm(x), weight.to(x.dtype))
         return soft_cap(z, self.config.logit_softcap)
 
     @property
@@ -268,8 +282,16 @@ class GPT(nn.Module):
 
     def cross_entropy(self, x, targets):
         """Summed next-token cross entropy in nats of targets (B, T), -1 for none."""
-        x, softcap = norm(x).flatten(0, 1), self.config.logit_softcap
-        return HeadLoss.apply(x, self.head_weight, targets.flatten(), softcap)
+        return self.cross_entropies(x, targets[None], x.new_ones(1, dtype=torch.float32))[0]
+
+    def cross_entropies(self, x, targets, factors):
+        """The logits of x (B, T, D) scored on several targets (K, B, T), -1 for none.
+
+        Returns the sum of factors (K,) * cross entropies in nats, a 0-dim tensor, and the cross
+        entropies (K,) without gradient. Each is a sum over its targets.
+        """
+        x, targets, softcap = norm(x).flatten(0, 1), targets.flatten(1).T, self.config.logit_softcap
+        return HeadLoss.apply(x, self.head_weight, targets, factors, softcap)
 
     def token_losses(self, x, targets):
         """The cross entropy of each target (B, T), 0 for -1, without gradients; x (B, T, D)."""
@@ -282,16 +304,17 @@ class GPT(nn.Module):
         ]
         return torch.cat(losses).view_as(targets)
 
-    def flops(self, tokens, visible_pairs):
+    def flops(self, tokens, visible_pairs, passes=1, heads=1):
         """Matrix FLOPs of forward and backward over so many tokens and (query, key) pairs.
 
-        6 for each weight of a matrix and token, 12 for each width and pair (arXiv 2001.08361,
-        appendix B of 2204.02311). An objective's predictor, which meets few tokens, isn't counted.
+        passes, heads: how often the tokens go through the blocks, and through the head. 6 for each
+        weight of a matrix and token, 12 for each width and pair (arXiv 2001.08361, appendix B of
+        2204.02311).
         """
         weights = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, Linear))
-        weights += self.head_weight.numel()
         attention = 12 * len(self.blocks) * self.config.model_dim * visible_pairs
-        return 6 * weights * tokens + attention
+        head = 6 * self.head_weight.numel() * tokens
+        return passes * (6 * weights * tokens + attention) + heads * head
 
     def forward(self, idx, targets):
         x, _ = self._run_blocks(idx, -1)
@@ -369,19 +392,22 @@ class LanguageModel(NamedTuple):
     model: GPT
     tap: int
 
-    def states(self, idx, positions=None, ends=None):
-        """The tapped layer (B, T, D) of other tokens; ends: of packed rows, as Batch.ends."""
+    def states(self, idx, positions=None, ends=None, blank=None):
+        """The tapped layer (B, T, D) of other tokens; ends: of packed rows, as Batch.ends.
+
+        blank (B, T): True for tokens that aren't read.
+        """
         mask = None if ends is None else tree_mask(ends)
-        return self.model._run_blocks(idx, self.tap, positions, mask)[1]
+        return self.model._run_blocks(idx, self.tap, positions, mask, blank=blank)[1]
 
     def embed(self, idx):
         """The embeddings (B, T, D) as they enter the first block."""
         return norm(self.model.embed(idx).to(self.model.config.dtype))
 
-    def logits(self, states):
-        """Next-token logits (..., V) of states after the last block."""
-        return self.model.logits(states)
+    def logits(self, states, frozen=False):
+        """Next-token logits (..., V) of states after the last block; frozen: of a fixed head."""
+        return self.model.logits(states, frozen)
 
-    def cross_entropy(self, states, targets):
-        """The summed cross entropy of their logits on targets (B, T), -1 for none."""
-        return self.model.cross_entropy(states, targets)
+    def cross_entropies(self, states, targets, factors):
+        """As GPT.cross_entropies."""
+        return self.model.cross_entropies(states, targets, factors)

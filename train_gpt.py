@@ -34,7 +34,7 @@ from nanojepa.device import Clock, OnTheWay, all_ranks_max, choose_dtype, start_
 from nanojepa.diagnostics import diagnose, diagnostic_warnings
 from nanojepa.files import one_line, one_line_errors, quoted
 from nanojepa.muon import Muon
-from nanojepa.objectives import OBJECTIVES, Options
+from nanojepa.objectives import Options, Terms, kinds, make_objective
 from nanojepa.objectives.distance import DISTANCES
 from nanojepa.objectives.schedule import jepa_weight, keeps_term
 from nanojepa.packing import tree_mask
@@ -117,14 +117,20 @@ class Config:
     tied_embed_lr: NonNegative = 0.05  # Adam learning rate of an embedding that is the head
     scalar_lr: NonNegative = 0.04  # Adam learning rate of gains and mixing weights
     muon_momentum: Fraction = 0.95  # momentum of Muon (Nesterov)
+    # Weight decay of the blocks' matrices under Muon: a step takes off this times its learning rate
+    # of them. Data that is seen more than once wants 0.3 to 3.
+    muon_weight_decay: NonNegative = 0.0
     warmdown_frac: Fraction = 0.5  # the last part of the run, over which learning rates fall to 0
 
     # ---- JEPA
     jepa_lambda: NonNegative = 0.0  # weight of the term; 0: off, and the step is the baseline's
     # The term. span: a span of text with what surrounds it. pair: the two texts of a pair, or
     # neighbours in a group. step: the first two steps of a pair's second text. future: a state and
-    # the mean of the next eight. mtp: the same logits on the tokens after the next.
-    jepa_objective: OneOf(OBJECTIVES) = "span"
+    # the mean of the next eight. masked: a state of a text with holes and that of the whole text.
+    # next: a state with the next token, and the next state. mtp: the same logits on the tokens
+    # after the next. masked_ce: the cross entropy of a text with holes. Several, each times a
+    # factor: masked,mtp:0.5.
+    jepa_objective: Terms = "span"
     jepa_gamma: NonNegative = 1.0  # weight of the cross entropy if JEPA_LAMBDA is above 0
     # Chance that a step computes the term. A step without it costs as much as the baseline's.
     # Below 1 costs a second graph if COMPILE_SCOPE is whole.
@@ -132,6 +138,7 @@ class Config:
     jepa_start_frac: Fraction = 0.0  # the term starts there in the run; costs as JEPA_RATIO does
     jepa_end_frac: Fraction = 1.0  # the term ends there in the run; costs as JEPA_RATIO does
     jepa_warmup_frac: Fraction = 0.0  # part of the run over which lambda rises after the start
+    jepa_warmdown_frac: Fraction = 0.0  # part of the run over which lambda falls before the end
     jepa_layer: int = -1  # states compared: -1 the stream into the final norm, k that after block k
     # Compare states after the final norm (1) or before it (0); -1: as the objective prefers.
     jepa_norm: Literal[-1, 0, 1] = -1
@@ -188,13 +195,15 @@ class Config:
                 f"JEPA_START_FRAC={self.jepa_start_frac}: must be below "
                 f"JEPA_END_FRAC={self.jepa_end_frac}, or the term never runs"
             )
-        kind = OBJECTIVES[self.jepa_objective]
-        if (has_term or self.diag_every) and self.train_seq_len < kind.least_tokens:
+        terms = kinds(self.jepa_objective)
+        least = max(kind.least_tokens for kind in terms)
+        if (has_term or self.diag_every) and self.train_seq_len < least:
             raise ValueError(
                 f"TRAIN_SEQ_LEN={self.train_seq_len}: the objective {self.jepa_objective} needs "
-                f"rows of {kind.least_tokens} tokens"
+                f"rows of {least} tokens"
             )
-        if kind.needs_last_layer and (self.jepa_layer, self.jepa_norm) != (-1, -1):
+        scores = any(kind.needs_last_layer for kind in terms)
+        if scores and (self.jepa_layer, self.jepa_norm) != (-1, -1):
             raise ValueError(
                 f"JEPA_OBJECTIVE={self.jepa_objective}: it scores the head's logits; leave "
                 "JEPA_LAYER and JEPA_NORM out"
@@ -237,6 +246,7 @@ def build_optimizers(model, objective, cfg):
     )
     groups = [dict(params=p, lr=lr, initial_lr=lr, eps=eps) for p, lr, eps in rates if p]
     matrices = [dict(params=params) for params in (blocks, predictor) if params]
+    matrices[0]["weight_decay"] = cfg.muon_weight_decay
     if cfg.optimizer == "adamw":  # betas and weight decay of nanoGPT
         for group in matrices:
             decay = 0.0 if group["params"] is predictor else 0.1
@@ -281,7 +291,7 @@ def compile_parts(model):
 
     for block in model.blocks:
         block.forward = functools.partial(forward, block)
-    for name in ("cross_entropy", "token_losses"):
+    for name in ("cross_entropies", "token_losses"):
         setattr(model, name, functools.partial(compiled(getattr(GPT, name)), model))
 
 
@@ -336,14 +346,19 @@ def training_loss(model, objective, cfg, batch, weight=None):
     """
     mask = None if batch.ends is None else tree_mask(batch.ends)
     x, h = model._run_blocks(batch.idx, cfg.jepa_layer, batch.positions, mask)
-    ce = model.cross_entropy(x, batch.targets) / batch.num_targets
     gamma = cfg.jepa_gamma if cfg.jepa_lambda else 1.0
-    loss = ce if gamma == 1 else gamma * ce
     if batch.drawn is None:
-        return Losses(loss, None if gamma == 1 else ce.detach())
-    lm = LanguageModel(model, cfg.jepa_layer)
-    term = objective.loss(lm, batch, h, batch.drawn)
-    return Losses(loss + weight * term, ce.detach(), term.detach())
+        ce = model.cross_entropy(x, batch.targets) / batch.num_targets
+        return Losses(ce) if gamma == 1 else Losses(gamma * ce, ce.detach())
+    # One pass of the head scores what the cross entropy and the term ask for.
+    more, factors = objective.more_targets(batch, batch.drawn)
+    targets = torch.cat((batch.targets[None], more))
+    share = (torch.ones_like(weight) / batch.num_targets)[None]
+    scales = torch.cat((gamma * share, weight * factors))
+    loss, sums = model.cross_entropies(x, targets, scales)
+    term = objective.loss(LanguageModel(model, cfg.jepa_layer), batch, h, batch.drawn)
+    ce, *others = sums * torch.cat((share, factors))
+    return Losses(loss + weight * term, ce, sum(others, term.detach()))
 
 
 class StepResult(NamedTuple):
@@ -376,7 +391,17 @@ def training_step(run, step, progress, jepa_lambda):
         dist.all_reduce(means)
     grad_norm = update_weights(run, lr_scale(run.cfg, progress))
     term = None if objective is None else means[1]
-    return StepResult(means[0], term, grad_norm, run.model.flops(tokens, visible_pairs))
+    flops = count_flops(run.model, objective, tokens, visible_pairs)
+    return StepResult(means[0], term, grad_norm, flops)
+
+
+def count_flops(model, objective, tokens, visible_pairs):
+    """Matrix FLOPs of a step; an objective's own matrices count as if every token met them."""
+    if objective is None:
+        return model.flops(tokens, visible_pairs)
+    passes, heads = 1 + objective.more_passes, 1 + objective.more_heads
+    own = sum(p.numel() for p in objective.parameters() if p.dim() == 2)
+    return model.flops(tokens, visible_pairs, passes, heads) + 6 * own * tokens
 
 
 def update_weights(run, scale):
@@ -642,7 +667,12 @@ def jepa_schedule(cfg, progress, step):
     if not keeps_term(cfg.seed, step, cfg.jepa_ratio):
         return None
     return jepa_weight(
-        progress, cfg.jepa_lambda, cfg.jepa_start_frac, cfg.jepa_end_frac, cfg.jepa_warmup_frac
+        progress,
+        cfg.jepa_lambda,
+        cfg.jepa_start_frac,
+        cfg.jepa_end_frac,
+        cfg.jepa_warmup_frac,
+        cfg.jepa_warmdown_frac,
     )
 
 
@@ -683,7 +713,7 @@ def build_objective(cfg, data, device):
         max_span_frac=cfg.jepa_max_span_frac,
         in_documents=cfg.jepa_doc,
     )
-    objective = OBJECTIVES[cfg.jepa_objective](options).to(device)
+    objective = make_objective(cfg.jepa_objective, options).to(device)
     has_weights = bool(objective.state_dict())
     if cfg.init_from and has_weights and (Path(cfg.init_from) / OBJECTIVE_FILE).exists():
         load_weights(objective, cfg.init_from, OBJECTIVE_FILE)

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from nanojepa.corpora import EMBEDDED
 from nanojepa.examples import ExampleSet
-from nanojepa.objectives import OBJECTIVES, StepRandom
+from nanojepa.objectives import StepRandom, kinds
+from nanojepa.objectives.objective import divide_weights, sum_weights
 from nanojepa.objectives.schedule import keeps_term
 from nanojepa.objectives.step import find_steps
 from nanojepa.packing import (
@@ -68,7 +69,8 @@ def open_data(cfg):
             dist.barrier()
     kind = (find_meta(folder) or {}).get("kind", "text")
     has_term = cfg.jepa_lambda or cfg.diag_every
-    if has_term and OBJECTIVES[cfg.jepa_objective].needs_pairs and kind == "text":
+    needs_pairs = any(each.needs_pairs for each in kinds(cfg.jepa_objective))
+    if has_term and needs_pairs and kind == "text":
         raise ValueError(
             f"JEPA_OBJECTIVE={cfg.jepa_objective}: {cfg.data_path} holds text; it needs pairs or "
             "groups of texts, made by data/prepare_pairs.py or data/prepare_nlregex.py"
@@ -515,8 +517,8 @@ def draw_step(objective, batches, seed, step):
     for batch in batches:
         rng = StepRandom(seed, step, batch.items, batch.total_items)
         batch.drawn = objective.draw(batch, rng)
-    count = torch.stack([batch.drawn["weight"].sum() for batch in batches]).sum()
+    sums = torch.stack([sum_weights(batch.drawn) for batch in batches]).sum(0)
     if dist.is_initialized():
-        dist.all_reduce(count)  # a CPU tensor: it goes over gloo, so the GPU is not waited for
+        dist.all_reduce(sums)  # a CPU tensor: it goes over gloo, so the GPU is not waited for
     for batch in batches:
-        batch.drawn["weight"] = batch.drawn["weight"] / count.clamp(min=1)
+        batch.drawn = divide_weights(batch.drawn, sums)

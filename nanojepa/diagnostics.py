@@ -40,7 +40,7 @@ def diagnose(run, step, training_loss):
 
 
 def term_loss(objective, lm, batch):
-    return objective.loss(lm, batch, tapped_states(lm, batch), batch.drawn)
+    return objective.whole_loss(lm, batch, tapped_states(lm, batch), batch.drawn)
 
 
 def tapped_states(lm, batch):

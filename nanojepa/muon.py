@@ -35,7 +35,8 @@ def wide(x):
 
 class Muon(torch.optim.Optimizer):
     def __init__(self, params, lr, momentum, dtype):
-        super().__init__(params, dict(lr=lr, momentum=momentum, initial_lr=lr))
+        defaults = dict(lr=lr, momentum=momentum, initial_lr=lr, weight_decay=0.0)
+        super().__init__(params, defaults)
         self.dtype = dtype  # of the iteration
         self.squares = 0.0  # the last step's squared gradients of this rank's parts, added up
         for group in self.param_groups:
@@ -61,6 +62,8 @@ class Muon(torch.optim.Optimizer):
             updates.append(all_parts(self.own_update(stack, group["momentum"], grad.wait())))
         for (stack, group), update in zip(stacks, updates, strict=True):
             for p, u in zip(stack, update.wait(), strict=False):  # what is left is padding
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
                 # An update's root mean square is 1 / sqrt(fan-in) at every shape.
                 scale = max(1.0, p.size(0) / p.size(1)) ** 0.5
                 p.add_(u if u.shape == p.shape else u.mT, alpha=-group["lr"] * scale)

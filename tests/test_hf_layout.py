@@ -31,7 +31,7 @@ def questions(tmp_path_factory):
     return hf.write_messages(file, hf.QUESTIONS[:8])
 
 
-def make_objective(name="pair", **options):
+def build_objective(name="pair", **options):
     return OBJECTIVES[name](Options(width=32, normed=False, **options))
 
 
@@ -76,14 +76,14 @@ def test_views_are_conversations_of_their_own(chats, kind):
     chat, record = chats[kind], pair("What is it?", "An egg.", "Be brief.")
     for system in (None, "Be brief."):
         record = pair("What is it?", "An egg.", system)
-        example = lay_out(record, chat, Data(), make_objective(preds=PREDS))
+        example = lay_out(record, chat, Data(), build_objective(preds=PREDS))
         a, b = views(example)
         lone = [chat.turns([turn]) for turn in (("user", "What is it?"), ("assistant", "An egg."))]
         assert a == [*lone[0].tokens[: lone[0].user.stop], *PREDS]
         assert b == lone[1].tokens[: lone[1].assistant.stop]
         # If the conversation begins with view A, it is encoded once.
         assert len(example.documents) == (3 if system else 2)
-        prefix = lay_out(record, chat, Data(views="prefix"), make_objective(preds=PREDS))
+        prefix = lay_out(record, chat, Data(views="prefix"), build_objective(preds=PREDS))
         turns = chat.conversation(system, "What is it?", "An egg.")
         answer = [turns.tokens[n] for n in turns.assistant]
         assert views(prefix) == (
@@ -96,10 +96,10 @@ def test_views_are_conversations_of_their_own(chats, kind):
 def test_front_and_reversed_views(chats):
     chat, record = chats["qwen"], pair("What is it?", "An egg.")
     data = Data(views="prefix")
-    a, b = views(lay_out(record, chat, data, make_objective(preds=PREDS, reverse=True)))
+    a, b = views(lay_out(record, chat, data, build_objective(preds=PREDS, reverse=True)))
     assert chat.tokenizer.decode(a[1:-2]) == "An egg." and a[-2:] == list(PREDS)
     assert chat.tokenizer.decode(b).endswith("What is it?")
-    a, _ = views(lay_out(record, chat, data, make_objective(preds=PREDS, front=True)))
+    a, _ = views(lay_out(record, chat, data, build_objective(preds=PREDS, front=True)))
     begin = a.index(PREDS[0])
     assert a[begin : begin + 2] == list(PREDS)
     assert chat.tokenizer.decode(a[begin + 2 :]) == "What is it?"
@@ -111,13 +111,13 @@ def test_last_token_counts_from_the_end_of_the_turn(chats):
     end = chat.tokenizer.eos_token_id
 
     def states(last_token, name="pair", answer="An egg."):
-        chosen = make_objective(name, preds=PREDS, last_token=last_token)
+        chosen = build_objective(name, preds=PREDS, last_token=last_token)
         return views(lay_out(pair("What is it?", answer), chat, Data(), chosen))
 
     assert states(-2) == states(0)
     assert states(-1) == tuple([*view, end] for view in states(0))
     # Qwen's ends in <|im_end|> and a line break, whichever way the views are written.
-    chosen, default = (make_objective(last_token=n) for n in (-3, 0))
+    chosen, default = (build_objective(last_token=n) for n in (-3, 0))
     for ways in ("standalone", "prefix"):
         lay = functools.partial(lay_out, record, chats["qwen"], Data(views=ways))
         assert views(lay(chosen)) == views(lay(default))
@@ -125,7 +125,7 @@ def test_last_token_counts_from_the_end_of_the_turn(chats):
     assert states(-2, "step", "One.\n\nTwo.") == states(0, "step", "One.\n\nTwo.")
     source = Source("file", [record])
     with pytest.raises(ValueError, match="file, line 1: training.last_token=-400: a view has"):
-        prepare(source, chat, Data(), make_objective(last_token=-400))
+        prepare(source, chat, Data(), build_objective(last_token=-400))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_steps_are_found_in_the_text_and_keep_their_blank_line(chats, text, step
     """Blank lines of other messages, and of the template, are no ends of steps."""
     chat = chats["qwen"]
     record = pair("a\n\nquestion", text, "A\n\nsystem")
-    example = lay_out(record, chat, Data(), make_objective("step", preds=PREDS))
+    example = lay_out(record, chat, Data(), build_objective("step", preds=PREDS))
     if steps is None:
         assert not example.pairs and example.no_term == "fewer than two steps"
         return
@@ -155,7 +155,7 @@ def test_steps_are_found_in_the_text_and_keep_their_blank_line(chats, text, step
 def test_spans_lie_between_the_first_token_of_the_user_and_the_last_of_the_assistant(chats):
     for kind, chat in chats.items():
         example = lay_out(
-            pair("What?", "An egg.", "Be brief."), chat, Data(), make_objective("span")
+            pair("What?", "An egg.", "Be brief."), chat, Data(), build_objective("span")
         )
         turns = chat.conversation("Be brief.", "What?", "An egg.")
         assert example.pairs == [((0, turns.user[0]), (0, turns.assistant[-1]))], kind
@@ -164,7 +164,7 @@ def test_spans_lie_between_the_first_token_of_the_user_and_the_last_of_the_assis
 def test_long_examples_are_cut_and_counted(chats):
     long = "word " * 60
     records = [pair("short", "short"), pair("short", long), pair(long, "short")]
-    found = prepare(Source("file", records), chats["llama"], Data(max_length=48), make_objective())
+    found = prepare(Source("file", records), chats["llama"], Data(max_length=48), build_objective())
     assert len(found.examples) == 2
     assert max(len(d.trunk) for e in found.examples for d in e.documents) <= 48
     assert found.summary.startswith("file: 2 examples, ")
@@ -185,7 +185,7 @@ def test_paraphrases_each_predict_the_next(chats, tmp_path):
     data = Data(plain=True, train_all=True)
     chat = Chat(chats["llama"].tokenizer, plain=True)
     records = read_records(str(file), data, 0)
-    first, _ = prepare(Source("file", records), chat, data, make_objective(preds=PREDS)).examples
+    first, _ = prepare(Source("file", records), chat, data, build_objective(preds=PREDS)).examples
     texts = [[chat.start, *chat.encode(text)] for text in groups[0]]
     assert [(seen(first, a), seen(first, b)) for a, b in first.pairs] == [
         ([*texts[0], *PREDS], texts[1]),
@@ -209,9 +209,9 @@ def test_a_record_that_cannot_be_laid_out_is_named(chats):
 
 def test_several_processes_make_the_same_examples(chats, questions):
     source = Source(questions, read_examples(questions))
-    one = prepare(source, chats["neox"], Data(), make_objective())
+    one = prepare(source, chats["neox"], Data(), build_objective())
     two = prepare(
-        source, chats["neox"], Data(tokenize_num_proc=2, tokenize_batch_size=3), make_objective()
+        source, chats["neox"], Data(tokenize_num_proc=2, tokenize_batch_size=3), build_objective()
     )
     assert one == two
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanojepa.objectives import OBJECTIVES, Options, StepRandom
+from nanojepa.objectives import OBJECTIVES, Options, StepRandom, make_objective
 from nanojepa.objectives.distance import DISTANCES, Views, distance, noise_floor
 from nanojepa.objectives.schedule import jepa_weight, keeps_term
 from nanojepa.objectives.span import place_spans
@@ -181,7 +181,7 @@ def test_a_region_of_a_packed_example_gets_its_spans():
     example = Span(Options(width=1)).layout(texts)
     assert example.pairs == [((0, 2), (0, 7))] and not example.no_term
     short = Span(Options(width=1)).layout(replace(texts, regions=texts.regions[1:]))
-    assert short.pairs == [] and "fewer than three" in short.no_term
+    assert short.pairs == [] and "fewer than 3 tokens" in short.no_term
     batch = Batch(
         torch.zeros(2, 12),
         None,
@@ -423,9 +423,11 @@ def test_a_linear_predictor_begins_as_the_identity_and_maps_view_a(name):
 
 
 @pytest.mark.parametrize("options", [{"distance": "l2"}, {"predictor": "linear"}])
-def test_mtp_refuses_what_it_would_not_use(options):
-    with pytest.raises(ValueError, match="the objective mtp compares no vectors"):
-        OBJECTIVES["mtp"](Options(width=8, **options))
+@pytest.mark.parametrize("name", ["mtp", "masked_ce", "next", "mtp,next"])
+def test_an_objective_refuses_what_it_would_not_use(name, options):
+    with pytest.raises(ValueError, match=f"the objective {name} compares no vectors"):
+        make_objective(name, Options(width=8, **options))
+    make_objective(f"{name},span", Options(width=8, **options))
 
 
 def test_the_weight_over_a_run():

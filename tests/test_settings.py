@@ -53,7 +53,7 @@ def test_precedence_default_yaml_environment_flag(tmp_path):
 
 def test_the_environment_sets_every_field():
     values = {bool: "1", int: "7", float: "0.5", str: "x"}
-    odd = {"jepa_norm": "1", "run_id": "x", "eval_stride": "7"}
+    odd = {"jepa_norm": "1", "run_id": "x", "eval_stride": "7", "jepa_objective": "mtp"}
     also = {"eval_stride": {"TRAIN_SEQ_LEN": "8"}, "jepa_layer": {"NUM_LAYERS": "9"}}
     for name, setting in SETTINGS.items():
         value = odd.get(name) or setting.choices.split(", ")[-1] or values[setting.kind]

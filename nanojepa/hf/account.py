@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from nanojepa.account import Account, attention_flops
 from nanojepa.hf.batches import Packer
 from nanojepa.hf.lora import add_lora
-from nanojepa.hf.model import OBJECTIVE, add_losses, make_objective
+from nanojepa.hf.model import OBJECTIVE, add_losses, build_objective
 from nanojepa.hf.run import optimizer_name, prepare_run
 from nanojepa.hf.settings import DTYPES
 from nanojepa.hf.trainer import Costs, count_flops, unit_flops
@@ -111,7 +111,7 @@ def account_finetune(cfg, gpu, ranks, say):
     return Account(
         parameters=one.parameters,
         tokens=sum(batch.idx.numel() for batch in batches) * ranks,
-        flops=count_flops(one.costs, batches),
+        flops=count_flops(one.costs, batches, ready.objective),
         moved=one.work.moved,
         memory={
             "weights": (weight * one.trained + compute * frozen) / shards,
@@ -148,7 +148,7 @@ def run_without_data(cfg, ready, batch, gpu, say):
         size = 1 + max(ready.base.tokenizer.get_vocab().values())
         if size > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(size, mean_resizing=False)
-        add_losses(model, make_objective(cfg, ready.base.config, ready.base.preds, m.name))
+        add_losses(model, build_objective(cfg, ready.base.config, ready.base.preds, m.name))
         if cfg.recomputes:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if m.use_lora:

@@ -7,6 +7,7 @@ Shapes: R rows of T tokens, N pairs of views, D width, V vocabulary.
 """
 
 import contextlib
+import functools
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +32,7 @@ from nanojepa.files import check_seal
 from nanojepa.hf.limits import windows
 from nanojepa.hf.lora import add_lora, count_trained
 from nanojepa.hf.settings import DTYPES
-from nanojepa.objectives import OBJECTIVES, Options
+from nanojepa.objectives import Options, make_objective
 from nanojepa.packing import Document, Example, pack_rows, tree_mask
 from nanojepa.tokenizer import one_line
 from nanojepa.weights import OBJECTIVE_FILE, load_tensors
@@ -112,7 +113,7 @@ def pred_names(count):
     return [f"<|predictor_{n}|>" for n in range(1, count + 1)]
 
 
-def make_objective(cfg, config, preds, folder):
+def build_objective(cfg, config, preds, folder):
     """The Objective that the settings ask for, or None; with the weights that a folder has of it.
 
     config: the model's. folder: a saved model's.
@@ -130,7 +131,10 @@ def make_objective(cfg, config, preds, folder):
         reverse=t.reverse_pred,
         last_token=t.last_token,
     )
-    objective, file = OBJECTIVES[cfg.objective](options), Path(folder) / OBJECTIVE_FILE
+    objective, file = (
+        make_objective(cfg.objective, options),
+        Path(folder) / OBJECTIVE_FILE,
+    )
     if objective.state_dict() and file.is_file():
         with loading(file):
             objective.load_state_dict(load_tensors(file))
@@ -263,11 +267,17 @@ class CausalLM:
         self.model, self.forward = model, model.forward
         self.body = model.get_decoder()
 
-    def states(self, idx, positions=None, ends=None):
-        """The states (R, T, D) of tokens idx (R, T); positions and ends as in a packed Batch."""
+    def states(self, idx, positions=None, ends=None, blank=None):
+        """The states (R, T, D) of tokens idx (R, T); positions and ends as in a packed Batch.
+
+        blank (R, T): True for tokens that aren't read; zeros stand for their embeddings.
+        """
         mask = None if ends is None else self.mask(positions, ends)
+        tokens = {"input_ids": idx}
+        if blank is not None:
+            tokens = {"inputs_embeds": self.embed(idx).masked_fill(blank[..., None], 0)}
         return self.body(
-            input_ids=idx, position_ids=positions, attention_mask=mask, use_cache=False
+            **tokens, position_ids=positions, attention_mask=mask, use_cache=False
         ).last_hidden_state
 
     def mask(self, positions, ends):
@@ -295,35 +305,45 @@ class CausalLM:
         """The embeddings (..., D) of tokens idx (...)."""
         return self.model.get_input_embeddings()(idx)
 
-    def logits(self, states):
+    def logits(self, states, frozen=False):
         """The logits (..., V) of states (..., D), by all that the model's own forward does to them.
 
         Some models scale or cap them. So its forward is run on a body that returns these states.
+        frozen: the head gets no gradient.
         """
         output = BodyOutput(states.reshape(1, -1, states.size(-1)))
-        with mock.patch.object(self.body, "forward", lambda *_, **__: output):
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(self.body, "forward", lambda *_, **__: output))
+            if frozen:
+                head = self.model.get_output_embeddings()
+                bias = None if head.bias is None else head.bias.detach()
+                fixed = functools.partial(F.linear, weight=head.weight.detach(), bias=bias)
+                patches.enter_context(mock.patch.object(head, "forward", fixed))
             return self.forward().logits.view(*states.shape[:-1], -1)
 
-    def cross_entropy(self, states, targets):
-        """The summed cross entropy of states (R, T, D) on targets (R, T), -1 for none."""
-        everywhere = torch.arange(targets.numel(), device=targets.device)
-        return sum_cross_entropy(self, states.flatten(0, 1), targets.flatten(), everywhere)
+    def cross_entropies(self, states, targets, factors):
+        """The logits of states (R, T, D) scored on targets (K, R, T), as GPT.cross_entropies."""
+        everywhere = torch.arange(targets[0].numel(), device=targets.device)
+        sums = sum_cross_entropies(self, states.flatten(0, 1), targets.flatten(1), everywhere)
+        return (factors * sums).sum(), sums.detach()
 
 
-def sum_cross_entropy(lm, states, targets, labels):
-    """The cross entropy in nats over the places in labels, where alone the head is applied.
+def sum_cross_entropies(lm, states, targets, labels):
+    """The cross entropies (K,) in nats over the places in labels, where alone the head is applied.
 
-    states (N, D), targets (N,). If there are many labels, the logits of a part of them are there at
-    a time, and are computed again in the backward pass.
+    states (N, D), targets (K, N), -1 for none. If there are many labels, the logits of a part of
+    them are there at a time, and are computed again in the backward pass.
     """
 
-    def loss(part):
-        logits = lm.logits(states[part])
-        return F.cross_entropy(logits.float(), targets[part], reduction="sum", ignore_index=-1)
+    def losses(part):
+        logits = lm.logits(states[part]).float()
+        each = [F.cross_entropy(logits, t[part], reduction="sum", ignore_index=-1) for t in targets]
+        return torch.stack(each)
 
     if len(labels) <= LABELS_AT_ONCE:
-        return loss(labels)
-    return sum(checkpoint(loss, part, use_reentrant=False) for part in labels.split(LABELS_AT_ONCE))
+        return losses(labels)
+    parts = labels.split(LABELS_AT_ONCE)
+    return sum(checkpoint(losses, part, use_reentrant=False) for part in parts)
 
 
 def add_losses(model, objective):
@@ -335,10 +355,11 @@ def add_losses(model, objective):
         if batch is None:
             return lm.forward(*args, **inputs)
         states = lm.states(batch.idx, batch.positions, batch.ends)
-        ce = sum_cross_entropy(lm, states.flatten(0, 1), batch.targets.flatten(), batch.labels)
+        targets = batch.targets.flatten()[None]
+        (ce,) = sum_cross_entropies(lm, states.flatten(0, 1), targets, batch.labels)
         term = ce.new_zeros(())
         if batch.drawn is not None:
-            term = getattr(self, OBJECTIVE).loss(lm, batch, states, batch.drawn)
+            term = getattr(self, OBJECTIVE).whole_loss(lm, batch, states, batch.drawn)
         return Sums(ce, term)
 
     model.forward = types.MethodType(forward, model)

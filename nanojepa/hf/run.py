@@ -36,15 +36,15 @@ from nanojepa.hf.limits import check_positions
 from nanojepa.hf.model import (
     Base,
     CausalLM,
+    build_objective,
     check_packing,
     load_model,
-    make_objective,
     pred_names,
     read_base,
 )
 from nanojepa.hf.settings import ALIASES, Config, Training
 from nanojepa.hf.trainer import JepaTrainer
-from nanojepa.objectives import OBJECTIVES, Objective
+from nanojepa.objectives import Objective
 from nanojepa.objectives.distance import ACROSS_PAIRS
 from nanojepa.runlog import describe_machine, project_sources, start_wandb
 from nanojepa.settings import as_dict, load_settings, non_defaults
@@ -197,7 +197,7 @@ def prepare_run(cfg, say):
     set_seed(cfg.general.finetune_seed)
     base = read_base(cfg)
     chat = Chat(base.tokenizer, cfg.dataset.plain, cfg.dataset.date)
-    objective = make_objective(cfg, base.config, base.preds, cfg.model.name)
+    objective = build_objective(cfg, base.config, base.preds, cfg.model.name)
     sources, prepared = layout.read_sources(cfg.dataset), {}
     for name, source in sources.items():
         if not source.records:
@@ -355,7 +355,7 @@ def views_of(model, chat, folder, records):
     predictors = cfg.dataset.predictors
     check_packing(model)
     preds = tokenizer.convert_tokens_to_ids(pred_names(predictors))
-    objective = make_objective(cfg, model.config, preds, folder).to(model.device)
+    objective = build_objective(cfg, model.config, preds, folder).to(model.device).paired()
     source = layout.Source(Path(folder).name, records)
     prepared = layout.prepare(source, chat, cfg.dataset, objective)
     print(prepared.summary, flush=True)
@@ -373,7 +373,7 @@ def pair_settings(folder, plain):
     file, cfg = Path(folder) / "config.yaml", Config()
     if file.is_file():
         cfg = load_settings(Config, ["--config", str(file)], aliases=ALIASES).config
-    if not cfg.objective or not OBJECTIVES[cfg.objective].needs_pairs:
+    if not cfg.compares_texts:
         cfg.training, cfg.dataset.predictors = Training(), 0
     cfg.dataset.plain = plain
     return cfg

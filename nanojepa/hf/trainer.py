@@ -24,6 +24,7 @@ from nanojepa.hf.batches import Packer, count_pairs
 from nanojepa.hf.export import UNFINISHED, publish_checkpoint
 from nanojepa.hf.model import FLEX, Sums
 from nanojepa.hf.settings import DTYPES
+from nanojepa.objectives.objective import divide_weights, sum_weights
 from nanojepa.objectives.schedule import keeps_term
 
 # What libraries raise if a file can't be written: those of torch and safetensors have their own.
@@ -32,10 +33,10 @@ EVAL_WINDOW = 256  # examples that are packed together in evaluation
 
 
 class Counts(NamedTuple):
-    """The labels and pairs of a step over all processes, at least 1, as 0-dim tensors."""
+    """Of a step, over all processes."""
 
-    labels: torch.Tensor
-    pairs: torch.Tensor
+    labels: torch.Tensor  # 0-dim, at least 1
+    weights: torch.Tensor  # (terms,): the sum of each term's weights
 
 
 class Costs(NamedTuple):
@@ -60,12 +61,9 @@ def keep_precision(accelerator):
 
 
 def count(batch):
-    """(2,): the labels of a Batch, and its pairs that count."""
-    labels = (batch.targets >= 0).sum()
-    pairs = torch.zeros_like(labels)
-    if batch.drawn is not None:
-        pairs = batch.drawn["weight"].sum()
-    return torch.stack((labels, pairs))
+    """(1 + terms,): the labels of a Batch, and the sum of each term's weights, if there are any."""
+    labels = (batch.targets >= 0).sum().float()[None]
+    return labels if batch.drawn is None else torch.cat((labels, sum_weights(batch.drawn)))
 
 
 class JepaTrainer(Trainer):
@@ -123,8 +121,9 @@ class JepaTrainer(Trainer):
         if cfg.training.track_flop and step < 10:
             flops = self.floating_point_ops(batches)
             print(f"step {step + 1}: {flops:.4g} FLOPs on this process", flush=True)
-        own = sum(map(count, batches), torch.zeros(2)).to(device)
-        counts = Counts(*self.accelerator.gather(own[None]).sum(0).clamp(min=1))
+        own = torch.stack([count(batch) for batch in batches]).sum(0).to(device)
+        labels, *weights = self.accelerator.gather(own[None]).sum(0)
+        counts = Counts(labels.clamp(min=1), weights and torch.stack(weights))
         return [[]] * (len(chunks) - 1) + [batches], counts
 
     def training_step(self, model, batches, num_items_in_batch=None):
@@ -155,11 +154,13 @@ class JepaTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This Batch's part of the step's loss, times the processes, which average gradients."""
-        t, (labels, pairs) = self.cfg.training, num_items_in_batch
+        t, (labels, weights) = self.cfg.training, num_items_in_batch
+        if inputs.drawn is not None:
+            inputs = replace(inputs, drawn=divide_weights(inputs.drawn, weights))
         ce, term = self.sums(model, inputs)
-        self.losses[0] += ce.detach() / labels
-        self.losses[1] += term.detach() / pairs
-        return (t.gamma * ce / labels + t.lbd * term / pairs) * self.args.world_size
+        ce = ce / labels
+        self.losses += torch.stack((ce.detach(), term.detach()))
+        return (t.gamma * ce + t.lbd * term) * self.args.world_size
 
     # ---- evaluation and the log
 
@@ -182,19 +183,23 @@ class JepaTrainer(Trainer):
         """{"eval_loss": CE a label, "eval_jepa_loss": the term a pair} over the eval examples."""
         began, model, was_training = time.perf_counter(), self.model_wrapped, self.model.training
         batches = self.eval_batches(eval_dataset or self.eval_dataset)
+        labels, *weights = torch.stack([count(batch) for batch in batches]).sum(0)
+        if weights:
+            for batch in batches:
+                batch.drawn = divide_weights(batch.drawn, torch.stack(weights))
         rank, world_size = self.args.process_index, self.args.world_size
-        totals = torch.zeros(2, 2, device=self.args.device)
+        totals = torch.zeros(2, device=self.args.device)
         model.eval()
         # Sharded weights need as many forward passes on every process, so some repeat one.
         for n in range(rank, len(batches) + -len(batches) % world_size, world_size):
             batch = self._prepare_inputs(batches[n % len(batches)])
             sums = torch.stack(self.sums(model, batch))
             if n < len(batches):
-                totals += torch.stack((sums, count(batch)))
-        (ce, term), (labels, pairs) = self.accelerator.reduce(totals, "sum").tolist()
-        metrics = {f"{metric_key_prefix}_loss": ce / labels}
-        if pairs:
-            metrics[f"{metric_key_prefix}_jepa_loss"] = term / pairs
+                totals += sums
+        ce, term = self.accelerator.reduce(totals, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": ce / labels.item()}
+        if any(weights):
+            metrics[f"{metric_key_prefix}_jepa_loss"] = term
         model.train(was_training)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
@@ -257,7 +262,7 @@ class JepaTrainer(Trainer):
 
     def floating_point_ops(self, batches):
         """FLOPs, forward and backward, of Batches, their padding counted."""
-        return count_flops(self.costs, batches)
+        return count_flops(self.costs, batches, self.objective)
 
     def limit_flops(self):
         """Make as many steps as cost what the epochs cost without the term; returns a line on it.
@@ -282,13 +287,16 @@ class JepaTrainer(Trainer):
         )
 
 
-def count_flops(costs, batches):
+def count_flops(costs, batches, objective=None):
     """FLOPs, forward and backward, of Batches, their padding counted."""
     flops = 0
     for batch in batches:
         tokens, labels = batch.idx.numel(), len(batch.labels)
-        flops += costs.token * tokens + costs.label * labels
-        flops += costs.pair * tokens * batch.idx.size(1)
+        passes = heads = 1
+        if batch.drawn is not None:
+            passes, heads = passes + objective.more_passes, heads + objective.more_heads
+        flops += passes * tokens * (costs.token + costs.pair * batch.idx.size(1))
+        flops += heads * labels * costs.label
     return flops
 
 

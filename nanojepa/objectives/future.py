@@ -9,12 +9,11 @@ in the manner of the future summaries of arXiv 2510.14751.
 Shapes: R rows of T tokens, D width.
 """
 
-import torch
 import torch.nn.functional as F
-from torch import nn
 
 from nanojepa.objectives.distance import Views
 from nanojepa.objectives.objective import Objective
+from nanojepa.objectives.predictors import MLP
 
 AHEAD = 8  # tokens whose states are averaged
 
@@ -25,7 +24,7 @@ class Future(Objective):
 
     def __init__(self, options):
         super().__init__(options)
-        self.mlp = ResidualMLP(options.width)
+        self.mlp = MLP(options.width, 2 * options.width, options.width)
 
     def draw(self, batch, rng):
         return {"weight": batch.follows(AHEAD).float()}
@@ -34,17 +33,5 @@ class Future(Objective):
         states = self.compared(states)
         # Of tokens t .. t+7, for every t.
         means = F.avg_pool1d(states.detach().mT, AHEAD, stride=1).mT
-        return Views(self.mlp(states[:, :-AHEAD]), means[:, 1:])
-
-
-class ResidualMLP(nn.Module):
-    """x + a two-layer MLP of the normed x. The MLP gives zeros at first."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.fc = nn.Parameter(torch.randn(2 * width, width) * 0.5 * width**-0.5)
-        self.proj = nn.Parameter(torch.zeros(width, 2 * width))
-
-    def forward(self, x):
-        inner = F.linear(F.rms_norm(x, x.shape[-1:], eps=1e-6), self.fc.to(x.dtype))
-        return x + F.linear(F.relu(inner).square(), self.proj.to(x.dtype))
+        states = states[:, :-AHEAD]
+        return Views(states + self.mlp(states), means[:, 1:])

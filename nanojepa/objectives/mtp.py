@@ -4,7 +4,7 @@
 
 z[t] are the logits that predict x[t+1]. Only what the cross entropy scores too is scored, and only
 in the document of t. The marker of the next document counts as a document's end. With lambda 0.5
-the three tokens count 1, 0.5 and 0.25. No parameter is added.
+the three tokens count 1, 0.5 and 0.25. No parameter is added, and no pass of the head.
 Source: modded-nanogpt pull request 178; with heads of its own, arXiv 2404.19737.
 
 Shapes: R rows of T tokens.
@@ -18,14 +18,8 @@ WEIGHTS = (1.0, 0.5)  # of x[t+2], x[t+3]
 
 
 class Mtp(Objective):
+    compares_vectors = False
     needs_last_layer = True
-
-    def __init__(self, options):
-        super().__init__(options)
-        if (options.distance, options.predictor) != ("cosine", "identity"):
-            raise ValueError(
-                "the objective mtp compares no vectors: leave its distance and its predictor out"
-            )
 
     def draw(self, batch, rng):
         """targets (2, R, T): x[t+2] and x[t+3], -1 for none."""
@@ -33,10 +27,12 @@ class Mtp(Objective):
         return {"targets": targets, "weight": (targets[0] >= 0).float()}
 
     def loss(self, lm, batch, states, drawn):
-        losses = [lm.cross_entropy(states, targets) for targets in drawn["targets"]]
-        term = sum(weight * loss for weight, loss in zip(WEIGHTS, losses, strict=True))
-        # A trainer may have divided the weights. All that count are equal, so one stands for all.
-        return drawn["weight"].amax() * term
+        return states.new_zeros((), dtype=torch.float32)
+
+    def more_targets(self, batch, drawn):
+        # A trainer has divided the weights. All that count are equal, so one stands for all.
+        weight = drawn["weight"].amax()
+        return drawn["targets"], torch.stack([weight * w for w in WEIGHTS])
 
 
 def later_targets(batch, n):

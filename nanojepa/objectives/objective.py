@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanojepa.objectives import predictors
 from nanojepa.objectives.distance import distance
 from nanojepa.packing import Example
 
@@ -53,17 +54,6 @@ class StepRandom:
         return torch.rand(size, generator=self.generator, dtype=torch.float64)[self.items]
 
 
-class Predictor(nn.Module):
-    """A D x D matrix that begins as the identity."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.weight = nn.Parameter(torch.eye(width))
-
-    def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
-
-
 class Objective(nn.Module):
     """A term of the loss; it owns its predictor, if it has one."""
 
@@ -74,12 +64,25 @@ class Objective(nn.Module):
     least_tokens = 3  # of a row, so that something is compared
     # Whether the states go through the head, and no other layer or norm makes sense.
     needs_last_layer = False
+    compares_vectors = True  # whether it uses the options distance and predictor
+    # What it costs, for FLOPs: how often it encodes the batch again, and applies the head to it.
+    more_passes = more_heads = 0
 
     def __init__(self, options):
         super().__init__()
         self.options = options
         self.normed = self.default_normed if options.normed is None else options.normed
-        self.predictor = Predictor(options.width) if options.predictor == "linear" else None
+        linear = self.compares_vectors and options.predictor == "linear"
+        self.predictor = predictors.Linear(options.width) if linear else None
+
+    @property
+    def lays_out(self):
+        """Whether it has a layout() of its own."""
+        return type(self).layout is not Objective.layout
+
+    def paired(self):
+        """The objective that compares two texts: itself, or None."""
+        return self if self.needs_pairs else None
 
     def layout(self, texts):
         """The Example of these Texts: which documents are encoded, which places are compared.
@@ -92,8 +95,8 @@ class Objective(nn.Module):
         """What is drawn for a Batch outside the compiled graph, as a dict of CPU tensors.
 
         "weight" says what counts: 1 for a comparison, 0 for padding. The trainer divides it by its
-        sum over the step, so that the term is a mean over all micro-batches and ranks. rng: the
-        batch's StepRandom. By default the batch's pairs are compared.
+        sum over the step (divide_weights), so that the term is a mean over all micro-batches and
+        ranks. rng: the batch's StepRandom. By default the batch's pairs are compared.
         """
         if batch.pairs is None:
             raise ValueError(
@@ -117,6 +120,20 @@ class Objective(nn.Module):
         views = self.predicted_views(lm, batch, states, drawn)
         return distance(self.options.distance, views, drawn["weight"])
 
+    def more_targets(self, batch, drawn):
+        """Targets (K, R, T), -1 for none, and factors (K,): what else the logits are scored on.
+
+        The sum of factor * cross entropy is a part of the term. The pass of the head that scores
+        the next token does it too. By default there are none.
+        """
+        return batch.targets[None][:0], batch.targets.new_empty(0, dtype=torch.float32)
+
+    def whole_loss(self, lm, batch, states, drawn):
+        """The loss() with that of more_targets(), for those who have no such pass."""
+        targets, factors = self.more_targets(batch, drawn)
+        loss = self.loss(lm, batch, states, drawn)
+        return loss + lm.cross_entropies(states, targets, factors)[0] if len(targets) else loss
+
     def predicted_views(self, lm, batch, states, drawn):
         """The views, view A after the predictor."""
         views = self.views(lm, batch, states, drawn)
@@ -132,3 +149,18 @@ class Objective(nn.Module):
         """States (..., D) as they are compared: float32, after the final norm if that is wanted."""
         states = states.float()
         return F.rms_norm(states, states.shape[-1:], eps=1e-6) if self.normed else states
+
+
+def sum_weights(drawn):
+    """The sums of the weights of what was drawn, one for each term: a tensor."""
+    return torch.stack([x.sum() for name, x in drawn.items() if is_weight(name)])
+
+
+def divide_weights(drawn, sums):
+    """What was drawn, each weight divided by its sum over the step; a sum of 0 counts as 1."""
+    sums = iter(sums.clamp(min=1))
+    return {name: x / next(sums) if is_weight(name) else x for name, x in drawn.items()}
+
+
+def is_weight(name):
+    return name.rpartition(".")[2] == "weight"  # of one of several terms, it is NAME.weight

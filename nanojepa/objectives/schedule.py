@@ -3,17 +3,20 @@
 import numpy as np
 
 
-def jepa_weight(progress, jepa_lambda, start_frac=0.0, end_frac=1.0, warmup_frac=0.0):
+def jepa_weight(
+    progress, jepa_lambda, start_frac=0.0, end_frac=1.0, warmup_frac=0.0, warmdown_frac=0.0
+):
     """Lambda at this fraction of the run, or None if the term is off there.
 
     The term is on from start_frac until end_frac. Over the first warmup_frac of the run after
-    its start, lambda rises linearly from 0.
+    its start, lambda rises linearly from 0; over the last warmdown_frac before its end, it falls
+    linearly to 0.
     """
     if jepa_lambda == 0 or not start_frac <= progress < end_frac:
         return None
-    if warmup_frac == 0:
-        return jepa_lambda
-    return jepa_lambda * min(1.0, (progress - start_frac) / warmup_frac)
+    rise = (progress - start_frac) / warmup_frac if warmup_frac else 1.0
+    fall = (end_frac - progress) / warmdown_frac if warmdown_frac else 1.0
+    return jepa_lambda * min(1.0, rise, fall)
 
 
 def keeps_term(seed, step, ratio):

@@ -21,14 +21,7 @@ from nanojepa.packing import Example, document_fragments
 
 class Span(Objective):
     def layout(self, texts):
-        """The documents, and for every region a pair of places: its first and its last token."""
-        regions = []
-        for start, end in texts.regions:
-            (_, first_token), (_, last_token) = start, end
-            if last_token - first_token >= 2:
-                regions.append((start, end))
-        too_short = "" if regions else "fewer than three tokens to draw a span in"
-        return Example(texts.documents, regions, too_short)
+        return text_regions(texts, 3)
 
     def draw(self, batch, rng):
         """places (4, ..., S): a-1, b, start and end of each span, counted through all rows."""
@@ -55,6 +48,16 @@ class Span(Objective):
         context = (h_before - h_start) + (h_end - h_b)
         patch = h_b - h_before
         return Views(context, patch, noise_floor(h_b, states.dtype))
+
+
+def text_regions(texts, least):
+    """The documents, and for every region a pair of places: its first and its last token.
+
+    least: tokens of a region. Shorter ones are left out.
+    """
+    regions = [(a, b) for a, b in texts.regions if b[1] - a[1] + 1 >= least]
+    too_short = "" if regions else f"fewer than {least} tokens in a row to draw from"
+    return Example(texts.documents, regions, too_short)
 
 
 def choose_fragments(uniform, document):
