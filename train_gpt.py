@@ -117,8 +117,8 @@ class Config:
     tied_embed_lr: NonNegative = 0.05  # Adam learning rate of an embedding that is the head
     scalar_lr: NonNegative = 0.04  # Adam learning rate of gains and mixing weights
     muon_momentum: Fraction = 0.95  # momentum of Muon (Nesterov)
-    # Weight decay of the blocks' matrices under Muon: a step takes off this times its learning rate
-    # of them. Data that is seen more than once wants 0.3 to 3.
+    # Weight decay of the blocks' matrices under Muon: each step shrinks them by this times the
+    # learning rate.
     muon_weight_decay: NonNegative = 0.0
     warmdown_frac: Fraction = 0.5  # the last part of the run, over which learning rates fall to 0
 
@@ -350,7 +350,7 @@ def training_loss(model, objective, cfg, batch, weight=None):
     if batch.drawn is None:
         ce = model.cross_entropy(x, batch.targets) / batch.num_targets
         return Losses(ce) if gamma == 1 else Losses(gamma * ce, ce.detach())
-    # One pass of the head scores what the cross entropy and the term ask for.
+    # One pass of the head scores the next tokens, and what else the term wants scored.
     more, factors = objective.more_targets(batch, batch.drawn)
     targets = torch.cat((batch.targets[None], more))
     share = (torch.ones_like(weight) / batch.num_targets)[None]

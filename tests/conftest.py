@@ -125,6 +125,18 @@ def shake(run, scale=0.05):
     return run
 
 
+def add_up(run, batches, weight):
+    """[cross entropy, term] of a step's micro-batches; their gradients add up in the weights."""
+    sums = torch.zeros(2)
+    for batch in batches:
+        losses = train_gpt.training_loss(
+            run.model, run.objective, run.cfg, batch, torch.tensor(weight)
+        )
+        losses.loss.backward()
+        sums += torch.stack((losses.ce, losses.term))
+    return sums.tolist()
+
+
 def with_loss(run, loss_fn):
     """The Run, which calls loss_fn for training_loss."""
     original = train_gpt.training_loss

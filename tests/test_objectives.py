@@ -440,6 +440,26 @@ def test_the_weight_over_a_run():
     ramp = weights(start_frac=0.3, warmup_frac=0.4)
     assert ramp[0] is None and ramp[1:] == pytest.approx([0, 0.1, 0.2, 0.2])
     assert jepa_weight(0.5, 0.0) is None
+    assert weights(warmdown_frac=0.5) == pytest.approx([0.2, 0.2, 0.2, 0.12, 0.004])
+    fall = weights(end_frac=0.6, warmdown_frac=0.6)
+    assert fall[:3] == pytest.approx([0.2, 0.1, 0.2 / 6]) and fall[3:] == [None, None]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("spam", "must be span, pair, .* or masked_ce, or several as masked,mtp:0.5"),
+        ("span,", "must be span"),
+        ("span,span:2", "names span twice"),
+        ("span:x", "the factor of span is no number"),
+        ("span:0", "the factor of span must be above 0"),
+        ("span:nan", "the factor of span must be above 0"),
+        ("span:inf", "the factor of span must be above 0"),
+    ],
+)
+def test_a_sum_that_is_misspelt_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        make_objective(text, Options(width=8))
 
 
 def test_random_dropout_of_the_term_is_a_function_of_seed_and_step():

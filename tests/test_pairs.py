@@ -20,6 +20,7 @@ import train_gpt
 from conftest import (
     CPU,
     MemoryLog,
+    add_up,
     keep_gradients,
     make_config,
     make_run,
@@ -744,14 +745,8 @@ def test_two_ranks_share_a_step_as_one_does(folders, kind, changes):
     batches = parts[0] + parts[1]
     assert {batch.total_items for batch in batches} == {sum(counts)}  # what is drawn for
     draw_step(run.objective, batches, run.cfg.seed, 1)
-    ce = term = 0
-    for batch in batches:
-        losses = train_gpt.training_loss(
-            run.model, run.objective, run.cfg, batch, torch.tensor(LAMBDA)
-        )
-        losses.loss.backward()
-        ce, term = ce + losses.ce.item(), term + losses.term.item()
-    assert [ce, term] == pytest.approx([whole.ce.item(), whole.term.item()], rel=1e-5)
+    found = add_up(run, batches, LAMBDA)
+    assert found == pytest.approx([whole.ce.item(), whole.term.item()], rel=1e-5)
     assert_gradients(gradients_of(run), expected)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import keep_gradients, make_run, metrics_of, run_cli, shake, train_in_process
+from conftest import add_up, keep_gradients, make_run, metrics_of, run_cli, shake, train_in_process
 from model import LanguageModel, norm
 from nanojepa.batches import draw_step
 from nanojepa.objectives import OBJECTIVES, Options, StepRandom
@@ -199,15 +199,9 @@ def test_two_ranks_share_a_step_as_one_does(data_path, folders, kind, name):
         batch for share in shares for batch in run.data.read(1, share, run.objective).batches
     ]
     draw_step(run.objective, batches, run.cfg.seed, 1)
-    ce = term = 0
-    for batch in batches:
-        losses = train_gpt.training_loss(
-            run.model, run.objective, run.cfg, batch, torch.tensor(WEIGHT)
-        )
-        losses.loss.backward()
-        ce, term = ce + losses.ce.item(), term + losses.term.item()
+    found = add_up(run, batches, WEIGHT)
     # float32 sums in another order
-    assert [ce, term] == pytest.approx([whole.ce.item(), whole.term.item()], rel=1e-5)
+    assert found == pytest.approx([whole.ce.item(), whole.term.item()], rel=1e-5)
     for p, g in zip(run.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, g, rtol=1e-4, atol=1e-5 * g.abs().max().item())
 

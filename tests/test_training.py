@@ -651,6 +651,25 @@ def test_orthogonalize_keeps_singular_vectors_and_sends_values_near_one(shape):
     torch.testing.assert_close(middle, diagonal, rtol=0, atol=1e-9)
 
 
+def test_weight_decay_shrinks_the_blocks_matrices_alone(data_path):
+    """Without gradients' part: the difference that it makes is the learning rate times its size."""
+    settings = dict(jepa_lambda=0.1, jepa_predictor="linear")
+    before = shake(make_run(data_path, **settings))
+    kept = {name: p.detach().clone() for name, p in before.model.named_parameters()}
+    plain, decayed = (
+        shake(make_run(data_path, **settings, muon_weight_decay=d)) for d in (0.0, 0.5)
+    )
+    for run in (plain, decayed):
+        train_gpt.training_step(run, 0, 0.0, 0.1)
+    blocks = {id(m.weight) for m in decayed.model.blocks.modules() if isinstance(m, Linear)}
+    for (name, p), q in zip(
+        decayed.model.named_parameters(), plain.model.parameters(), strict=True
+    ):
+        shrunk = 0.04 * 0.5 * kept[name] if id(p) in blocks else 0.0
+        torch.testing.assert_close(p, q - shrunk, rtol=1e-5, atol=1e-6)
+    assert torch.equal(plain.objective.predictor.weight, decayed.objective.predictor.weight)
+
+
 def test_muon_matches_one_matrix_at_a_time():
     """Stacked by shape, against the definition: Nesterov momentum, orthogonalised, scaled."""
     torch.manual_seed(0)

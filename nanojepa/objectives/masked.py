@@ -2,11 +2,11 @@
 
     term = mean over t of  1 - cos(g[t] + MLP(g[t]), h[t] without gradient)
 
-after the final norm, or another distance. h are the states of the text, g those of the same text in
-which some tokens can't be read. In each row or document their share is drawn between 0 and a half,
-and then the tokens. All t of a document from its first hole on count. The MLP belongs to the
-objective, and gives zeros at first.
-Two passes as in MIR (arXiv 2606.06888); the term is ours.
+after the final norm, or another distance. h are the states of the text. g are those of the same
+text with holes, tokens that can't be read. Each row or document draws the share of its holes,
+between 0 and a half, and then their places. A state counts if it sees a hole. The MLP belongs to
+the objective, and gives zeros at first.
+The two passes are those of MIR (arXiv 2606.06888). The term is ours.
 
 Shapes: R rows of T tokens, D width, N regions.
 """

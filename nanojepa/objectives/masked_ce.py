@@ -1,9 +1,9 @@
 """The masked_ce objective: the next tokens of a text, from a text with holes.
 
-    term = mean over the targets of the cross entropy, some tokens of the input unread
+    term = mean over the targets of the cross entropy of a text with holes
 
-Every target counts, that of an unread token too. For what is left out see masked.py.
-Source: MIR, arXiv 2606.06888, with weight 0.4 and an id for the tokens that are left out.
+The holes are drawn as in masked.py. Every target counts, that of a hole too.
+Source: MIR, arXiv 2606.06888. Its weight is 0.4, and its holes have a token id of their own.
 
 Shapes: R rows of T tokens.
 """

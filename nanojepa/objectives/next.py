@@ -26,7 +26,7 @@ class Next(Objective):
     default_normed = True
     compares_vectors = False
     needs_last_layer = True
-    more_heads = 1  # two forward, and one half of a backward pass
+    more_heads = 1  # two forward passes and half a backward one have the FLOPs of one
 
     def __init__(self, options):
         super().__init__(options)

@@ -65,7 +65,7 @@ class Objective(nn.Module):
     # Whether the states go through the head, and no other layer or norm makes sense.
     needs_last_layer = False
     compares_vectors = True  # whether it uses the options distance and predictor
-    # What it costs, for FLOPs: how often it encodes the batch again, and applies the head to it.
+    # How often it encodes the batch again, and how often it applies the head. FLOPs count that.
     more_passes = more_heads = 0
 
     def __init__(self, options):
@@ -123,13 +123,13 @@ class Objective(nn.Module):
     def more_targets(self, batch, drawn):
         """Targets (K, R, T), -1 for none, and factors (K,): what else the logits are scored on.
 
-        The sum of factor * cross entropy is a part of the term. The pass of the head that scores
-        the next token does it too. By default there are none.
+        The sum of factor * cross entropy is a part of the term. In pretraining the pass of the head
+        that scores the next token computes it. By default there are no such targets.
         """
         return batch.targets[None][:0], batch.targets.new_empty(0, dtype=torch.float32)
 
     def whole_loss(self, lm, batch, states, drawn):
-        """The loss() with that of more_targets(), for those who have no such pass."""
+        """loss(), and the cross entropies of more_targets() by a pass of the head of its own."""
         targets, factors = self.more_targets(batch, drawn)
         loss = self.loss(lm, batch, states, drawn)
         return loss + lm.cross_entropies(states, targets, factors)[0] if len(targets) else loss
