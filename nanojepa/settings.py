@@ -19,6 +19,7 @@ import math
 import re
 import sys
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -28,8 +29,12 @@ FIELD = re.compile(r"    (\w+): [^=]+ = .*?(?:  # (.*))?$")
 HELP_COLUMNS = 100
 TRUTH = {"0": False, "1": True, "false": False, "true": True}
 
+# ---- what values a setting may take
+# These rules are no tuples. Empty tuples are equal, and typing would take one rule for another.
 
-class Range(NamedTuple):
+
+@dataclass(frozen=True)
+class Range:
     """The values from low to high; If above is true, low is excluded."""
 
     low: float = -math.inf
@@ -47,7 +52,8 @@ class Range(NamedTuple):
         return rule if self.high == math.inf else f"{rule} and at most {self.high}"
 
 
-class Choices(NamedTuple):
+@dataclass(frozen=True)
+class Choices:
     """The values in a container, which is looked at when a value is checked."""
 
     container: Any
@@ -57,7 +63,8 @@ class Choices(NamedTuple):
         return "" if value in self.container else f"must be {', '.join(others)} or {last}"
 
 
-class OrBool(NamedTuple):
+@dataclass(frozen=True)
+class OrBool:
     """A number that true and false, or its flag without a value, set to 1 and 0."""
 
     def wrong(self, value):

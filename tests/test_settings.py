@@ -15,6 +15,8 @@ from conftest import CPU, ROOT
 from model import GPTConfig
 from nanojepa.batches import divide_batch
 from nanojepa.hf import settings as hf
+from nanojepa.hf.settings import IsDate
+from nanojepa.objectives import IsTerms
 from nanojepa.settings import (
     Natural,
     NonNegative,
@@ -381,3 +383,12 @@ def test_parameters_of_the_presets_are_as_their_comments_say():
         parameters = sum(p.numel() for p in build(name).parameters())
         assert f"{parameters / 1e6:.1f}M" == count
         assert count in (ROOT / f"configs/{name}.yaml").read_text()
+
+
+def test_rules_without_fields_differ():
+    """As empty tuples they were equal: on Python 3.11.2 one setting got another's rule."""
+    types = [Annotated[int, OrBool()], Annotated[int, IsDate()], Annotated[int, IsTerms()]]
+    for kind, rule in zip(types, (OrBool, IsDate, IsTerms), strict=True):
+        assert [type(each) for each in kind.__metadata__] == [rule]
+    with pytest.raises(ValueError, match="--jepa_objective: expected one argument"):
+        load_settings(Config, ["--jepa_objective"])

@@ -5,7 +5,7 @@ The comment of a setting is its documentation, and its type holds the values it 
 
 import datetime
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 
@@ -25,7 +25,8 @@ ALIASES = {
 }
 
 
-class IsDate(NamedTuple):
+@dataclass(frozen=True)
+class IsDate:
     """A date as 2024-07-26."""
 
     def wrong(self, value):

@@ -1,6 +1,7 @@
 """The terms that may be added to the cross entropy. A new one is a file here and a line below."""
 
-from typing import Annotated, NamedTuple
+from dataclasses import dataclass
+from typing import Annotated
 
 from nanojepa.objectives.combined import Combined
 from nanojepa.objectives.future import Future
@@ -46,7 +47,8 @@ def read_terms(text):
     return terms
 
 
-class IsTerms(NamedTuple):
+@dataclass(frozen=True)
+class IsTerms:
     """The rule of a setting that names one objective or several."""
 
     def wrong(self, value):
